@@ -1,0 +1,58 @@
+# From a bare clone with Python >= 3.11 and make: `make demo`, `make test`. Each target does its own set-up.
+# Two stamps say what is installed in .venv, so that nothing is installed again until the dependencies change.
+
+PYTHON ?= python3
+PY     := .venv/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check --no-input
+ARGS   ?=
+
+ifeq ($(strip $(HOME)),)
+# Without a home folder pip would keep its cache in /.
+export PIP_NO_CACHE_DIR := 1
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.demo ## train, commit, fork, restore and collect on real data, in seconds (ARGS='--keep DIR' keeps it)
+	@$(PY) examples/digits.py $(ARGS)
+
+test: .venv/.test ## run all tests (ARGS='-k name' chooses)
+	@$(PY) -m pytest $(ARGS)
+
+check: .venv/.test ## format, lint, types and the fast tests
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy ckptvcs
+	@$(PY) -m pytest -m 'not slow' -x -q $(ARGS)
+
+docs: .venv/.demo ## write docs/cli.md anew from the commands themselves
+	@mkdir -p docs
+	@$(PY) -m ckptvcs.cli.reference > docs/cli.md.new && mv docs/cli.md.new docs/cli.md
+
+clean: ## remove everything that make and the tools made, .venv too
+	@rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/cli.md.new
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.made:
+	@for python in $(PYTHON) python3.14 python3.13 python3.12 python3.11; do \
+	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	    echo "Making .venv with $$($$python --version) ..."; \
+	    $$python -m venv .venv && touch $@; exit; \
+	done; \
+	echo "ckptvcs needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing)." >&2; \
+	echo "Name another one: make PYTHON=/path/to/python3.12 ..." >&2; \
+	exit 1
+
+.venv/.demo: .venv/.made pyproject.toml constraints.txt
+	@echo "Installing ckptvcs and scikit-learn into .venv ..."
+	@$(PIP) install -qq -c constraints.txt -e '.[demo]'
+	@touch $@
+
+.venv/.test: .venv/.demo pyproject.toml constraints.txt
+	@echo "Installing the test tools and torch into .venv ..."
+	@$(PIP) install -qq -c constraints.txt -e '.[demo,torch,test,dev]'
+	@touch $@
