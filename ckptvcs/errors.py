@@ -1,0 +1,194 @@
+"""Every error ckptvcs raises on purpose, sorted by what the caller does next.
+
+    CkptError
+    ├── NotFoundError (KeyError)          name something that exists
+    │   └── NoRepositoryError             run `ckpt init`, or point CKPT_REPO at a repository
+    ├── ExistsError (FileExistsError)     choose another name, or open what is there
+    ├── InvalidError (ValueError)         mend the input
+    │   ├── AmbiguousError                give more of the id
+    │   ├── UnsupportedStateError         take the listed leaves out of the state
+    │   └── StateMismatchError            mend the names, or restore with strict=False
+    ├── ConflictError                     somebody moved the ref: look, then retry or branch
+    │   └── LineageError                  say which branch the commit belongs to
+    ├── LockedError                       wait, or see who holds it
+    ├── CorruptionError                   run `ckpt fsck --full`; carries path, offset and id
+    ├── FormatError                       use a newer ckptvcs
+    └── StorageError (OSError)            free space, mend permissions, look at the disk
+
+Each error has a one-line message that names the thing, a stable `code` (append-only: scripts
+compare it), an optional `hint` that says what to do, and survives pickling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class CkptError(Exception):
+    """Base of all errors raised on purpose. `str(error)` is one line without the hint."""
+
+    code = "error"
+
+    def __init__(self, message: str, *, hint: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        if code is not None:
+            self.code = code
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), dict(self.__dict__))
+
+
+def _rebuild(kind: type[CkptError], attributes: dict[str, Any]) -> CkptError:
+    error = kind.__new__(kind, attributes["message"])
+    Exception.__init__(error, attributes["message"])
+    for name, value in attributes.items():
+        setattr(error, name, value)
+    return error
+
+
+class NotFoundError(CkptError, KeyError):
+    """A revision, ref, path or tensor that does not exist. The hint lists near names."""
+
+    code = "not-found"
+
+
+class NoRepositoryError(NotFoundError):
+    """There is no repository at, or above, the given place."""
+
+    code = "no-repository"
+
+
+class ExistsError(CkptError, FileExistsError):
+    """The thing to be made is already there."""
+
+    code = "exists"
+
+
+class InvalidError(CkptError, ValueError):
+    """The input cannot mean anything here: a bad ref name, an unknown setting, a wrong type."""
+
+    code = "invalid"
+
+
+class AmbiguousError(InvalidError):
+    """An id prefix that fits several commits."""
+
+    code = "ambiguous"
+
+
+class UnsupportedStateError(InvalidError):
+    """Leaves that cannot be stored without pickle, all of them. `leaves` holds (path, why) pairs."""
+
+    code = "unsupported-leaf"
+
+    def __init__(self, leaves: Sequence[tuple[str, str]]) -> None:
+        self.leaves = tuple(leaves)
+        listed = "; ".join(f"{path or '(the state itself)'}: {why}" for path, why in self.leaves)
+        super().__init__(
+            f"the state holds {len(self.leaves)} value(s) that cannot be stored: {listed}",
+            hint="convert them to tensors, numbers, text or containers of these, or leave them out; "
+            "ckptvcs never pickles",
+        )
+
+
+class StateMismatchError(InvalidError):
+    """`restore` found names that are missing, unexpected or of another shape or dtype."""
+
+    code = "state-mismatch"
+
+    def __init__(
+        self, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]
+    ) -> None:
+        self.missing, self.unexpected, self.mismatched = (
+            tuple(missing),
+            tuple(unexpected),
+            tuple(mismatched),
+        )
+        parts = [
+            f"{title}: {', '.join(names)}"
+            for title, names in (
+                ("missing in the commit", self.missing),
+                ("without a place in the target", self.unexpected),
+                ("of another shape, dtype or kind", self.mismatched),
+            )
+            if names
+        ]
+        super().__init__(
+            "the commit does not fit the state to be filled; " + "; ".join(parts),
+            hint="restore(..., only=...), rename={old: new} or strict=False restore what does fit",
+        )
+
+
+class ConflictError(CkptError):
+    """A ref is not where this handle last saw it. `rescued` names the ref that keeps the lost commit."""
+
+    code = "conflict"
+
+    def __init__(self, message: str, *, hint: str | None = None, rescued: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.rescued = rescued
+
+
+class LineageError(ConflictError):
+    """The commit would record a parent that the state does not come from."""
+
+    code = "lineage"
+
+
+class LockedError(CkptError):
+    """Another process holds a lock this operation needs."""
+
+    code = "locked"
+
+
+class CorruptionError(CkptError):
+    """Stored bytes are not what was written. Nothing of them is returned."""
+
+    code = "corruption"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = "run `ckpt fsck --full` to see what is affected",
+        path: str | None = None,
+        offset: int | None = None,
+        id: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.path, self.offset, self.id = path, offset, id
+
+
+class FormatError(CkptError):
+    """The repository uses a format version or feature this program does not know."""
+
+    code = "format"
+
+
+class StorageError(CkptError, OSError):
+    """The file system refused: full, over quota, read-only, no permission, or an I/O error."""
+
+    code = "storage"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        path: str | None = None,
+        errno: int | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, code=code)
+        self.path = path
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # `errno` lives in a slot of OSError, outside __dict__.
+        return _rebuild, (type(self), {**self.__dict__, "errno": self.errno})
