@@ -1,0 +1,572 @@
+"""The index: one LMDB environment per repository. The only module that knows lmdb.
+
+It says where each record lies (`rows`), which packs are published (`packs`), what refs point at
+(`refs`), what happened (`log`), and what was annotated (`notes`, `pins`, `drops`, `status`). It never
+holds tensor bytes. It is a cache: rows and packs are derivable from the pack files, everything else from
+`refs.journal` (docs/format.md, "Index").
+
+Rules taken from LMDB's own caveats:
+- One environment per file and process, shared by all handles, found by (device, inode).
+- `lock.mdb` is never opened by us: closing it would drop the process's POSIX locks.
+- A forked child closes its inherited copy (the binding frees without touching the shared reader table)
+  and opens its own on first use. No spare read transactions are kept, since a fork would leak them.
+- Read transactions are short and results are copied out, so that free pages are never pinned.
+- The map is 64 GiB of address space from the start and never resized while open.
+- Rows carry a CRC, since LMDB 0.9 has no page checksums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import struct
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import lmdb
+
+from ckptvcs import canonical
+from ckptvcs.disk import Disk, in_forked_child
+from ckptvcs.errors import CorruptionError, FormatError, LockedError, NotFoundError, StorageError
+from ckptvcs.ids import ID_BYTES, Buffer, Kind, ObjectId
+from ckptvcs.store.format import DAMAGED, HAS_BASE, PackName, record_bytes
+from ckptvcs.store.journal import (
+    Drop,
+    Expire,
+    LogEntry,
+    Move,
+    Note,
+    Operation,
+    Pin,
+    Status,
+    Target,
+)
+
+MAP_SIZE: Final = 64 << 30
+TABLES: Final = {
+    "meta": b"m",
+    "rows": b"r",
+    "packs": b"p",
+    "refs": b"f",
+    "log": b"l",
+    "notes": b"n",
+    "pins": b"i",
+    "drops": b"d",
+    "status": b"s",
+}
+"""The first byte of every key says which table it belongs to. One LMDB database holds them all: named
+databases can only be opened through a write transaction, which would make every open wait for writers.
+"""
+
+_ROW: Final = struct.Struct("<BBBBHIIQ16sI")
+_CRC: Final = struct.Struct("<I")
+_PACK: Final = struct.Struct("<QI")
+
+
+class Row(NamedTuple):
+    """Where a record lies and how to read it.
+
+    Attributes:
+        depth: frames below this one in its base chain; 0 for a plain frame.
+        raw, stored: bytes before and after encoding.
+        offset: of the record's header inside the pack.
+        base: chunk this frame is a difference against.
+        damaged: a check failed; the record is neither trusted by deduplication nor forgotten.
+    """
+
+    kind: Kind
+    codec: int
+    element_size: int
+    depth: int
+    raw: int
+    stored: int
+    offset: int
+    pack: PackName
+    base: ObjectId | None = None
+    damaged: bool = False
+
+    @property
+    def cost(self) -> int:
+        """Bytes of the record in its pack: header, payload and footer entry."""
+        return record_bytes(self.stored, self.base is not None)
+
+    def encode(self) -> bytes:
+        """The table value, CRC included."""
+        flags = (HAS_BASE if self.base else 0) | (DAMAGED if self.damaged else 0)
+        body = _ROW.pack(
+            self.kind,
+            self.codec,
+            self.element_size,
+            flags,
+            self.depth,
+            self.raw,
+            self.stored,
+            self.offset,
+            self.pack.lease,
+            self.pack.seq,
+        ) + (self.base or b"")
+        return body + _CRC.pack(zlib.crc32(body))
+
+    @classmethod
+    def decode(cls, key: Buffer, data: bytes) -> Row:
+        """The inverse of `encode`. CorruptionError if the CRC does not fit."""
+        body, crc = data[:-4], data[-4:]
+        if len(data) < _ROW.size + 4 or _CRC.unpack(crc)[0] != zlib.crc32(body):
+            raise CorruptionError(
+                f"the index row of {bytes(key).hex()[:8]} is damaged",
+                hint="`ckpt fsck --rebuild` makes the index anew",
+                id=bytes(key).hex(),
+            )
+        kind, codec, element, flags, depth, raw, stored, offset, lease, seq = _ROW.unpack_from(body)
+        base = ObjectId(body[_ROW.size :]) if flags & HAS_BASE else None
+        return cls(
+            Kind(kind),
+            codec,
+            element,
+            depth,
+            raw,
+            stored,
+            offset,
+            PackName(lease, seq),
+            base,
+            bool(flags & DAMAGED),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PackInfo:
+    """A published pack: the file's size in bytes and its number of records."""
+
+    size: int
+    records: int
+
+
+class Snapshot:
+    """A read transaction. Everything it gives is copied out and outlives it."""
+
+    def __init__(self, txn: Any) -> None:
+        self._txn = txn
+
+    def _get(self, table: str, key: bytes) -> bytes | None:
+        value: bytes | None = self._txn.get(TABLES[table] + key)
+        return value
+
+    def _items(
+        self, table: str, start: bytes = b"", prefix: bytes = b""
+    ) -> Iterator[tuple[bytes, bytes]]:
+        first = TABLES[table] + max(start, prefix)
+        prefix = TABLES[table] + prefix
+        cursor = self._txn.cursor()
+        try:
+            if not cursor.set_range(first):
+                return
+            for key, value in cursor:
+                if not key.startswith(prefix):
+                    return
+                yield key[1:], value
+        finally:
+            cursor.close()
+
+    # rows and packs
+
+    def row(self, id: ObjectId) -> Row | None:
+        """Where a record lies, or None."""
+        data = self._get("rows", id)
+        return None if data is None else Row.decode(id, data)
+
+    def live(self, id: ObjectId) -> Row | None:
+        """Like `row`, but None also for a record known to be damaged."""
+        found = self.row(id)
+        return None if found is None or found.damaged else found
+
+    def rows_from(self, start: bytes, limit: int) -> list[tuple[ObjectId, Row]]:
+        """Up to `limit` rows in id order, from `start` on: one slice of a long walk."""
+        found = []
+        for key, value in self._items("rows", start):
+            found.append((ObjectId(key), Row.decode(key, value)))
+            if len(found) >= limit:
+                break
+        return found
+
+    def ids_with_prefix(self, prefix: bytes, limit: int) -> list[tuple[ObjectId, Kind]]:
+        """Up to `limit` ids that start with these bytes."""
+        found = []
+        for key, value in self._items("rows", prefix=prefix):
+            found.append((ObjectId(key), Row.decode(key, value).kind))
+            if len(found) >= limit:
+                break
+        return found
+
+    def pack(self, name: PackName) -> PackInfo | None:
+        """A published pack, or None."""
+        data = self._get("packs", name.key)
+        return None if data is None else PackInfo(*_PACK.unpack(data))
+
+    def packs(self) -> dict[PackName, PackInfo]:
+        """All published packs."""
+        return {
+            PackName.from_key(key): PackInfo(*_PACK.unpack(value)) for key, value in self._items("packs")
+        }
+
+    # refs and log
+
+    def ref(self, name: str) -> Target | None:
+        """What a ref points at."""
+        value = self._get("refs", name.encode())
+        return None if value is None else _target(value)
+
+    def refs(self, prefix: str = "") -> dict[str, Target]:
+        """All refs whose names start with `prefix`, in name order."""
+        return {
+            key.decode(): _target(value) for key, value in self._items("refs", prefix=prefix.encode())
+        }
+
+    def position(self) -> int:
+        """Position of the newest log entry; 0 in a new repository."""
+        return self._number("position")
+
+    def gc_seq(self) -> int:
+        """Bumped in every transaction that deletes or moves rows."""
+        return self._number("gc_seq")
+
+    def _number(self, name: str) -> int:
+        value = self._get("meta", name.encode())
+        return int.from_bytes(value or b"", "big")
+
+    def log(self, after: int = 0) -> Iterator[LogEntry]:
+        """Log entries behind a position, oldest first."""
+        for key, value in self._items("log", (after + 1).to_bytes(8, "big")):
+            yield LogEntry.decode(int.from_bytes(key, "big"), value)
+
+    def log_backwards(self) -> Iterator[LogEntry]:
+        """Log entries, newest first."""
+        table = TABLES["log"]
+        cursor = self._txn.cursor()
+        try:
+            # The next table's first key, or the end, stands just behind the newest entry.
+            found = cursor.prev() if cursor.set_range(table + b"\xff" * 9) else cursor.last()
+            while found and cursor.key().startswith(table):
+                yield LogEntry.decode(int.from_bytes(cursor.key()[1:], "big"), cursor.value())
+                found = cursor.prev()
+        finally:
+            cursor.close()
+
+    # annotations
+
+    def notes(self, commit: ObjectId) -> dict[str, Any]:
+        """Notes of a commit by key."""
+        return {
+            key[ID_BYTES:].decode(): _scalar(value) for key, value in self._items("notes", prefix=commit)
+        }
+
+    def pins(self) -> set[ObjectId]:
+        """Pinned commits."""
+        return {ObjectId(key) for key, _ in self._items("pins")}
+
+    def drops(self, commit: ObjectId) -> tuple[str, ...] | None:
+        """Components that retention took from a commit; () means all of it, None nothing."""
+        value = self._get("drops", commit)
+        return None if value is None else tuple(_scalar(value))
+
+    def status(self) -> dict[str, str]:
+        """The state of each run, by branch."""
+        return {key.decode(): value.decode() for key, value in self._items("status")}
+
+    def dump(self) -> dict[str, dict[bytes, bytes]]:
+        """Every table as it lies in LMDB. For comparing an index with its rebuilt twin."""
+        return {name: dict(self._items(name)) for name in TABLES}
+
+
+class Change(Snapshot):
+    """The write transaction. All of it becomes durable together when the block ends, or none of it."""
+
+    def _put(self, table: str, key: bytes, value: bytes) -> None:
+        self._txn.put(TABLES[table] + key, value)
+
+    def _delete(self, table: str, key: bytes) -> bool:
+        gone: bool = self._txn.delete(TABLES[table] + key)
+        return gone
+
+    def put_row(self, id: ObjectId, row: Row) -> None:
+        """Index a record, replacing any row of the same id."""
+        self._put("rows", id, row.encode())
+
+    def delete_row(self, id: ObjectId) -> bool:
+        """Forget a record. Only a collector does this, referrers first."""
+        return self._delete("rows", id)
+
+    def put_pack(self, name: PackName, info: PackInfo) -> None:
+        """Publish a pack."""
+        self._put("packs", name.key, _PACK.pack(info.size, info.records))
+
+    def delete_pack(self, name: PackName) -> None:
+        """Forget a pack. Only after its file is gone."""
+        self._delete("packs", name.key)
+
+    def bump_gc_seq(self) -> None:
+        """Tell every writer that what it looked up may be gone."""
+        self._set_number("gc_seq", self.gc_seq() + 1)
+
+    def _set_number(self, name: str, value: int) -> None:
+        self._put("meta", name.encode(), value.to_bytes(8, "big"))
+
+    def record(
+        self,
+        time: int,
+        who: str,
+        why: str,
+        operations: Sequence[Operation],
+        info: dict[str, Any] | None = None,
+    ) -> LogEntry:
+        """Apply operations and log them as the next entry."""
+        entry = LogEntry(self.position() + 1, time, who, why, tuple(operations), info or {})
+        self.apply(entry)
+        return entry
+
+    def apply(self, entry: LogEntry) -> None:
+        """Make an entry's operations true and keep it. Rebuilding replays the journal through here."""
+        for op in entry.operations:
+            self._apply(op)
+        self._put("log", entry.position.to_bytes(8, "big"), entry.encode())
+        self._set_number("position", entry.position)
+
+    def _apply(self, op: Operation) -> None:
+        match op:
+            case Move(name, _, None):
+                self._delete("refs", name.encode())
+            case Move(name, _, new):
+                assert new is not None
+                self._put("refs", name.encode(), _target_bytes(new))
+            case Note(commit, key, None):
+                self._delete("notes", commit + key.encode())
+            case Note(commit, key, value):
+                self._put("notes", commit + key.encode(), _scalar_bytes(value))
+            case Pin(commit, True):
+                self._put("pins", commit, b"")
+            case Pin(commit, False):
+                self._delete("pins", commit)
+            case Drop(commit, names):
+                before = self.drops(commit)
+                everything = not names or before == ()
+                after = () if everything else tuple(sorted({*(before or ()), *names}))
+                self._put("drops", commit, _scalar_bytes(list(after)))
+            case Status(branch, None):
+                self._delete("status", branch.encode())
+            case Status(branch, status):
+                assert status is not None
+                self._put("status", branch.encode(), status.encode())
+            case Expire(before_position):
+                positions = [
+                    position
+                    for position, _ in self._items("log")
+                    if int.from_bytes(position, "big") < before_position
+                ]
+                for position in positions:
+                    self._delete("log", position)
+
+
+def _target_bytes(target: Target) -> bytes:
+    return b"\x00" + target if isinstance(target, ObjectId) else b"\x01" + target.encode()
+
+
+def _target(value: bytes) -> Target:
+    if value[:1] == b"\x00" and len(value) == 1 + ID_BYTES:
+        return ObjectId(value[1:])
+    if value[:1] == b"\x01":
+        return value[1:].decode()
+    raise CorruptionError("a ref in the index is damaged", hint="`ckpt fsck --rebuild` makes the index anew")
+
+
+def _scalar(value: bytes) -> Any:
+    return canonical.decode(value)
+
+
+def _scalar_bytes(value: Any) -> bytes:
+    return canonical.encode(value)
+
+
+# -- the environment ------------------------------------------------------------------------------
+
+
+class _Environment:
+    """The process's one open LMDB environment of a file, counted by the handles that use it."""
+
+    def __init__(self, env: Any, key: tuple[int, int]) -> None:
+        self.env, self.key = env, key
+        self.users = 0
+
+
+_open: dict[tuple[int, int], _Environment] = {}
+_open_lock = threading.RLock()
+
+
+def _close_in_child() -> None:
+    global _open_lock
+    _open_lock = threading.RLock()
+    for shared in _open.values():
+        shared.env.close()
+    _open.clear()
+
+
+in_forked_child(_close_in_child)
+
+
+class Index:
+    """One handle on the index. Safe to use from any thread; reopened by itself after a fork."""
+
+    def __init__(self, disk: Disk, folder: Path) -> None:
+        self._disk = disk
+        self.folder = folder
+        self._data = folder / "data.mdb"
+        self._shared: _Environment | None = None
+        self._process = -1
+
+    # -- life ------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, disk: Disk, folder: Path, index_id: str) -> Index:
+        """A new, empty index. Durable on return."""
+        index = cls(disk, folder)
+        index._attach(create=True)
+        with index.change() as change:
+            change._put("meta", b"index", index_id.encode())
+            change._set_number("gc_seq", 0)
+            change._set_number("position", 0)
+        disk.sync_dir(folder)
+        return index
+
+    @classmethod
+    def open(cls, disk: Disk, folder: Path, index_id: str) -> Index:
+        """The index with this id. NotFoundError if there is none, or another: it must be rebuilt."""
+        index = cls(disk, folder)
+        if not disk.exists(index._data):
+            raise NotFoundError(f"{folder} holds no index")
+        index._attach(create=False)
+        with index.snapshot() as snapshot:
+            found = snapshot._get("meta", b"index")
+        if found != index_id.encode():
+            index.close()
+            raise NotFoundError(f"{folder} holds the index of another repository")
+        return index
+
+    def _attach(self, *, create: bool) -> _Environment:
+        with _open_lock:
+            if self._shared is not None and self._process == self._disk.process():
+                return self._shared
+            key = None if create else self._disk.same_file(self._data)
+            shared = _open.get(key) if key else None
+            if shared is None:
+                with self._errors():
+                    env = lmdb.open(
+                        str(self.folder),
+                        map_size=MAP_SIZE,
+                        max_readers=1024,
+                        max_spare_txns=0,
+                        readahead=False,
+                        meminit=True,
+                        mode=0o644,
+                        **_LIBRARY,
+                    )
+                    env.reader_check()
+                shared = _Environment(env, self._disk.same_file(self._data))
+                _open[shared.key] = shared
+            shared.users += 1
+            self._shared, self._process = shared, self._disk.process()
+            return shared
+
+    def close(self) -> None:
+        """Let go. The environment closes with its last user in the process."""
+        with _open_lock:
+            shared, self._shared = self._shared, None
+            if shared is None or self._process != self._disk.process():
+                return
+            shared.users -= 1
+            if shared.users == 0:
+                del _open[shared.key]
+                shared.env.close()
+
+    # -- transactions ----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """A consistent, short look. Never keep it across a wait or a long computation."""
+        shared = self._attach(create=False)
+        with self._errors():
+            txn = shared.env.begin()
+            try:
+                yield Snapshot(txn)
+            finally:
+                txn.abort()
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[Change]:
+        """The write transaction: one at a time over all processes. Durable when the block ends.
+
+        An exception inside gives the whole transaction up. Do no hashing, waiting or file I/O inside.
+        """
+        shared = self._attach(create=False)
+        with self._errors():
+            txn = shared.env.begin(write=True)
+            try:
+                yield Change(txn)
+            except BaseException:
+                txn.abort()
+                raise
+            txn.commit()
+        self._disk.index_committed(self._data)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except lmdb.Error as error:
+            raise self._explain(error) from error
+
+    def _explain(self, error: Exception) -> Exception:
+        where, text = str(self.folder), str(error)
+        if isinstance(error, lmdb.MapFullError):
+            return StorageError(f"the index {where} is full", path=where)
+        if isinstance(error, lmdb.ReadersFullError):
+            return LockedError(f"too many processes read the index {where} at once", hint="try again")
+        if isinstance(error, lmdb.LockError) or "Resource temporarily unavailable" in text:
+            return LockedError(
+                f"the index {where} cannot be locked: {text}",
+                hint="two containers with the same process id cannot share an index; "
+                "let them share one PID namespace",
+            )
+        if isinstance(error, (lmdb.VersionMismatchError, lmdb.IncompatibleError)):
+            return FormatError(f"the index {where} was written by another version of LMDB: {text}")
+        if isinstance(
+            error, (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError)
+        ):
+            return CorruptionError(
+                f"the index {where} is damaged: {text}",
+                hint="`ckpt fsck --rebuild` makes the index anew",
+                path=where,
+            )
+        full = "No space left" in text
+        if "Input/output error" in text or full:
+            # LMDB reports a full disk as an I/O error on commit; its old content stays intact.
+            full = full or self._disk.free_bytes(self.folder) < 1 << 20
+        if full or "quota" in text:
+            return StorageError(
+                f"cannot write the index {where}: the disk is full",
+                hint="free some space, then try again; nothing was changed",
+                path=where,
+                errno=errno.ENOSPC,
+                code="disk-full",
+            )
+        return StorageError(f"the index {where} failed: {text}", path=where)
+
+
+_LIBRARY: Final[dict[str, Any]] = {"lib_version": 0} if lmdb.__version__ >= "3" else {}
+"""py-lmdb 3 carries two engines with different file formats; ours is 0.9 (recorded in `format`)."""
+
+
+def present(snapshot: Snapshot, ids: Iterable[ObjectId]) -> set[ObjectId]:
+    """Those of the ids whose records can be trusted."""
+    return {id for id in ids if snapshot.live(id) is not None}

@@ -1,0 +1,276 @@
+"""Journal entries, what each does to the index, and the file `refs.journal` that outlives the index.
+
+An entry is one atomic change of roots or annotations: a list of operations with who, when and why. The
+index applies it and keeps it in its `log` table in the same transaction; afterwards the entry becomes a
+line of `refs.journal`. LMDB is the truth; the file may lag behind it and never leads. Replaying the file
+gives back every table that packs cannot (docs/format.md, "Journal").
+
+A line is ``<position> <BLAKE3-128 hex> <base64 of the canonical entry>\\n``; the hash covers position
+and entry. A torn last line is dropped by whoever appends next.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ckptvcs import canonical
+from ckptvcs.disk import Disk, WriteFile
+from ckptvcs.errors import CorruptionError, StorageError
+from ckptvcs.ids import ObjectId, digest
+
+Target: TypeAlias = ObjectId | str
+"""What a ref points at: a commit, or (HEAD only) the name of another ref."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A ref goes from `old` to `new`; None means absent."""
+
+    name: str
+    old: Target | None
+    new: Target | None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A metric or text attached to a commit after it was made; value None takes it away."""
+
+    commit: ObjectId
+    key: str
+    value: float | int | str | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A commit is kept whatever a retention policy says, or no longer."""
+
+    commit: ObjectId
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Retention took these components from a commit's payload; all of it if `names` is empty."""
+
+    commit: ObjectId
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The state of a run, by branch: 'running', 'finished', 'failed'; None forgets it."""
+
+    branch: str
+    status: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """Log entries at positions below this one leave the log table."""
+
+    before: int
+
+
+Operation: TypeAlias = Move | Note | Pin | Drop | Status | Expire
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """One atomic change.
+
+    Attributes:
+        position: 1 for the first entry of a repository, then one more each time.
+        time: UTC nanoseconds; used for display and the undo window, never for ordering.
+        who: the author that made it.
+        why: a word such as 'commit', 'branch', 'gc', then free text.
+        operations: all of them happen, or none.
+        info: numbers worth keeping beside it, such as the bytes a commit stored.
+    """
+
+    position: int
+    time: int
+    who: str
+    why: str
+    operations: tuple[Operation, ...]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """The canonical bytes kept in the log table and, in base64, in the file."""
+        return canonical.encode(
+            [self.time, self.who, self.why, [_encode_operation(op) for op in self.operations], self.info]
+        )
+
+    @classmethod
+    def decode(cls, position: int, data: bytes) -> LogEntry:
+        """The inverse of `encode`. CorruptionError for anything else."""
+        try:
+            time, who, why, operations, info = canonical.decode(data)
+            return cls(position, time, who, why, tuple(_decode_operation(op) for op in operations), info)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise CorruptionError(f"log entry {position} is damaged: {error}") from None
+
+
+def _encode_operation(op: Operation) -> list[Any]:
+    match op:
+        case Move(name, old, new):
+            return ["ref", name, _encode_target(old), _encode_target(new)]
+        case Note(commit, key, value):
+            return ["note", bytes(commit), key, value]
+        case Pin(commit, pinned):
+            return ["pin", bytes(commit), pinned]
+        case Drop(commit, names):
+            return ["drop", bytes(commit), list(names)]
+        case Status(branch, status):
+            return ["status", branch, status]
+        case Expire(before):
+            return ["expire", before]
+
+
+def _decode_operation(fields: list[Any]) -> Operation:
+    kind, *rest = fields
+    if kind == "ref":
+        name, old, new = rest
+        return Move(name, _decode_target(old), _decode_target(new))
+    if kind == "note":
+        commit, key, value = rest
+        return Note(ObjectId(commit), key, value)
+    if kind == "pin":
+        commit, pinned = rest
+        return Pin(ObjectId(commit), pinned)
+    if kind == "drop":
+        commit, names = rest
+        return Drop(ObjectId(commit), tuple(names))
+    if kind == "status":
+        branch, status = rest
+        return Status(branch, status)
+    if kind == "expire":
+        (before,) = rest
+        return Expire(before)
+    raise ValueError(f"unknown operation {kind!r}")
+
+
+def _encode_target(target: Target | None) -> bytes | str | None:
+    return bytes(target) if isinstance(target, ObjectId) else target
+
+
+def _decode_target(value: bytes | str | None) -> Target | None:
+    return ObjectId(value) if isinstance(value, bytes) else value
+
+
+# -- the file -------------------------------------------------------------------------------------
+
+
+def _line(entry: LogEntry) -> bytes:
+    data = entry.encode()
+    position = str(entry.position).encode()
+    mark = digest(position + b" " + data).hex().encode()
+    return b" ".join((position, mark, base64.b64encode(data))) + b"\n"
+
+
+def _parse(line: bytes) -> LogEntry | None:
+    """The entry of one line without its newline, or None if the line is damaged."""
+    with contextlib.suppress(ValueError, binascii.Error, CorruptionError):
+        position, mark, text = line.split(b" ")
+        data = base64.b64decode(text, validate=True)
+        if digest(position + b" " + data).hex().encode() == mark:
+            return LogEntry.decode(int(position), data)
+    return None
+
+
+class Journal:
+    """The file `refs.journal` of one repository."""
+
+    def __init__(self, disk: Disk, path: Path) -> None:
+        self._disk = disk
+        self.path = path
+
+    def create(self) -> None:
+        """An empty journal, durable once the caller syncs the folder."""
+        with self._disk.create(self.path) as file:
+            file.sync()
+
+    def last_position(self) -> int:
+        """Position of the last whole line; 0 if there is none."""
+        with self._disk.append(self.path) as file:
+            return _tail(file)[1]
+
+    def append(self, entries_after: Callable[[int], Sequence[LogEntry]]) -> None:
+        """Bring the file up to date. Durable on return.
+
+        Under the file's flock: a torn last line is cut off, then every entry after the last position
+        is appended. `entries_after(position)` gives them in order, read after the lock is held.
+        """
+        with self._disk.append(self.path) as file:
+            file.lock()
+            file.size = self._disk.size(self.path)
+            end, position = _tail(file)
+            missing = entries_after(position)
+            if end < file.size:
+                file.truncate(end)
+            try:
+                # One at a time: a power cut in the middle of several could lose an earlier one and
+                # keep the last, and then nobody would notice that the middle is missing.
+                for entry in missing:
+                    file.write([_line(entry)])
+                    file.sync()
+                    end = file.size
+            except BaseException:
+                # What a failed sync left in the cache must not pass for durable the next time.
+                with contextlib.suppress(StorageError):
+                    file.truncate(end)
+                raise
+
+    def entries(self, say: Callable[[str], None] | None = None) -> Iterator[LogEntry]:
+        """Every entry, in order.
+
+        CorruptionError for a damaged line or a gap, except that a torn last line is no entry at all:
+        a power cut may leave any part of it, its newline included. `say` is told of one.
+        """
+        expected = 1
+        lines = self._disk.read(self.path).split(b"\n")
+        tail = lines.pop()
+        for number, line in enumerate(lines, 1):
+            entry = _parse(line)
+            if entry is None and number == len(lines):
+                tail = line
+                break
+            if entry is None or entry.position != expected:
+                raise CorruptionError(
+                    f"{self.path}: line {number} is damaged", path=str(self.path), offset=number
+                )
+            expected += 1
+            yield entry
+        if tail and say is not None:
+            say(f"{self.path}: the last line is torn, so entry {expected} was left out")
+
+
+def _tail(file: WriteFile) -> tuple[int, int]:
+    """(end of the last whole line, its position). Reads backwards, so a long journal costs nothing."""
+    end = file.size
+    window = 1 << 16
+    while True:
+        start = max(0, end - window)
+        data = file.read(start, end - start)
+        cut = data.rfind(b"\n")
+        if cut < 0 and start > 0:
+            window *= 4
+            continue
+        if cut < 0:
+            return 0, 0
+        head = data.rfind(b"\n", 0, cut)
+        if head < 0 and start > 0:
+            window *= 4
+            continue
+        entry = _parse(data[head + 1 : cut])
+        if entry is not None:
+            return start + cut + 1, entry.position
+        # A whole line with a bad check can only be a torn write that ended in a stray newline.
+        end = start + head + 1
+        if end == 0:
+            return 0, 0

@@ -1,0 +1,206 @@
+"""Making the index anew from packs and journal (docs/format.md, "Rebuild").
+
+Runs under the exclusive repository lock, so nobody writes, reads or collects meanwhile. The new index is
+built aside and takes the place of the old one at the end; a crash before that leaves the old state, a
+crash after it an index whose id does not match `format`, which the next open rebuilds again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from ckptvcs.disk import Disk
+from ckptvcs.errors import CkptError, CorruptionError
+from ckptvcs.ids import Kind, ObjectId
+from ckptvcs.store.format import GRIDS, MAX_DEPTH, Entry, Format, Layout, PackName, unpack_object
+from ckptvcs.store.index import Index, PackInfo, Row
+from ckptvcs.store.journal import Journal
+from ckptvcs.store.packs import PackFile
+from ckptvcs.store.reader import Reader
+from ckptvcs.store.writer import child_name
+
+
+@dataclass(slots=True)
+class Rebuilt:
+    """What a rebuild found. `problems` are sentences for people."""
+
+    packs: int = 0
+    records: int = 0
+    log_entries: int = 0
+    left_out: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def rebuild(
+    disk: Disk, layout: Layout, pool: Callable[[], ThreadPoolExecutor]
+) -> tuple[Format, Rebuilt]:
+    """Write a new index and the `format` file that names it. Durable on return.
+
+    The caller holds `lock` exclusively and has no index open.
+    """
+    report = Rebuilt()
+    stamped = Format.unpack(disk.read(layout.format), str(layout.format)).with_new_index()
+    for name in disk.names(layout.temporary):
+        if name.startswith(("meta-", "old-")):  # left by a rebuild that died
+            disk.remove_tree(layout.temporary / name)
+    aside = layout.temporary / f"meta-{secrets.token_hex(6)}"
+    disk.make_dir(aside)
+    index = Index.create(disk, aside, stamped.index)
+    try:
+        candidates = _scan(disk, layout, report)
+        rows = _choose(candidates, report)
+        with index.change() as change:
+            for pack, info in sorted(candidates.packs.items()):
+                change.put_pack(pack, info)
+            for id, row in sorted(rows.items()):
+                change.put_row(id, row)
+            for entry in Journal(disk, layout.journal).entries(report.problems.append):
+                change.apply(entry)
+                report.log_entries += 1
+        grid = GRIDS[stamped.grid]
+        with Reader(disk, layout, index, grid, pool) as reader:
+            dangling = _dangling(index, reader, rows)
+        if dangling:
+            with index.change() as change:
+                for id in dangling:
+                    change.delete_row(id)
+        report.left_out += len(dangling)
+        report.packs = len(candidates.packs)
+        report.records = len(rows) - len(dangling)
+    finally:
+        index.close()
+    for name in disk.names(aside):
+        if name != "data.mdb":
+            disk.remove(aside / name)
+    disk.sync_dir(aside)
+    old = layout.temporary / f"old-{secrets.token_hex(6)}"
+    if disk.exists(layout.meta):
+        disk.rename(layout.meta, old)
+    disk.rename(aside, layout.meta)
+    disk.sync_dir(layout.root)
+    disk.replace(layout.format, stamped.pack())
+    disk.remove_tree(old)
+    return stamped, report
+
+
+class _Candidates:
+    def __init__(self) -> None:
+        self.packs: dict[PackName, PackInfo] = {}
+        self.entries: dict[ObjectId, list[tuple[PackName, Entry]]] = {}
+
+
+def pack_names(disk: Disk, layout: Layout) -> list[PackName]:
+    """Every sealed pack on disk, in name order."""
+    found = []
+    for folder in disk.names(layout.packs):
+        for file in disk.names(layout.packs / folder):
+            name = PackName.parse(file)
+            if name is not None and layout.pack(name).parent.name == folder:
+                found.append(name)
+    return sorted(found)
+
+
+def _scan(disk: Disk, layout: Layout, report: Rebuilt) -> _Candidates:
+    found = _Candidates()
+    for name in pack_names(disk, layout):
+        with contextlib.closing(PackFile(disk, layout.pack(name))) as pack:
+            try:
+                trailer = pack.trailer()
+                if trailer.name != name:
+                    raise CorruptionError(f"{pack.path} holds the pack {trailer.name.text}")
+                entries = pack.entries()
+            except CorruptionError as error:
+                entries = list(pack.scan())
+                report.problems.append(f"{error}; {len(entries)} whole records were salvaged")
+            found.packs[name] = PackInfo(pack.size(), len(entries))
+        for entry in entries:
+            found.entries.setdefault(entry.id, []).append((name, entry))
+    return found
+
+
+def _choose(candidates: _Candidates, report: Rebuilt) -> dict[ObjectId, Row]:
+    """One row per id: plain frames first, then by least depth, never a cycle; ties by pack name."""
+    rows: dict[ObjectId, Row] = {}
+    deltas: list[tuple[ObjectId, PackName, Entry]] = []
+    for id, places in candidates.entries.items():
+        plain = [place for place in places if place[1].base is None]
+        if plain:
+            name, entry = min(plain, key=lambda place: (place[0], place[1].offset))
+            rows[id] = _row(name, entry, 0)
+        else:
+            deltas += [(id, name, entry) for name, entry in places]
+    deltas.sort(key=lambda item: (item[1], item[2].offset))
+    for depth in range(1, MAX_DEPTH + 1):
+        added = {
+            id: _row(name, entry, depth)
+            for id, name, entry in reversed(deltas)
+            if id not in rows and entry.base in rows
+        }
+        rows.update(added)
+    lost = {id for id, _, _ in deltas} - rows.keys()
+    if lost:
+        report.left_out += len(lost)
+        report.problems.append(f"{len(lost)} frames have no base and were left out")
+    return rows
+
+
+def _row(name: PackName, entry: Entry, depth: int) -> Row:
+    return Row(
+        entry.kind,
+        entry.codec,
+        entry.element_size,
+        depth,
+        entry.raw,
+        entry.stored,
+        entry.offset,
+        name,
+        entry.base,
+    )
+
+
+def _dangling(index: Index, reader: Reader, rows: dict[ObjectId, Row]) -> list[ObjectId]:
+    """Objects whose closure is not whole and that no ref reaches.
+
+    A pack may still hold the commit of a deleted branch whose chunks are gone. Its row must not come
+    back, because a commit row that is present vouches for everything below it. What a ref does reach
+    stays, so that fsck can report the damage.
+    """
+    references: dict[ObjectId, list[ObjectId]] = {}
+    broken: set[ObjectId] = set()
+    for id, row in rows.items():
+        if row.kind is Kind.CHUNK:
+            continue
+        try:
+            payload = reader.objects(row.kind, [id])[0]
+            references[id] = [child for _, child in unpack_object(payload, child_name(row.kind, id))[0]]
+        except CkptError:
+            broken.add(id)
+    parents: dict[ObjectId, list[ObjectId]] = {}
+    for id, children in references.items():
+        for child in children:
+            parents.setdefault(child, []).append(id)
+            if child not in rows:
+                broken.add(child)
+    waiting = list(broken)
+    while waiting:
+        for parent in parents.get(waiting.pop(), ()):
+            if parent not in broken:
+                broken.add(parent)
+                waiting.append(parent)
+    if not broken:
+        return []
+    with index.snapshot() as snapshot:
+        roots = [target for target in snapshot.refs().values() if isinstance(target, ObjectId)]
+        roots += snapshot.pins()
+    kept: set[ObjectId] = set()
+    waiting = roots
+    while waiting:
+        id = waiting.pop()
+        if id not in kept:
+            kept.add(id)
+            waiting += references.get(id, ())
+    return sorted(id for id in broken - kept if id in rows)

@@ -1,0 +1,331 @@
+"""The store: one repository folder, opened. Hands out readers, writers and ref changes.
+
+Every open store holds `lock` shared, so that rebuilding the index, which takes it exclusively, runs
+alone. It holds no pack open between operations and keeps no read transaction, so an idle store neither
+blocks a collector nor keeps bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from ckptvcs.disk import Disk, Lock, usable_cpus
+from ckptvcs.errors import (
+    CkptError,
+    CorruptionError,
+    ExistsError,
+    LockedError,
+    NoRepositoryError,
+    NotFoundError,
+    StorageError,
+)
+from ckptvcs.ids import Kind, ObjectId
+from ckptvcs.store.format import GRIDS, Format, Grid, Layout
+from ckptvcs.store.index import Change, Index, Snapshot
+from ckptvcs.store.journal import Journal, LogEntry, Move, Operation
+from ckptvcs.store.leases import Lease
+from ckptvcs.store.reader import Reader
+from ckptvcs.store.rebuild import Rebuilt, rebuild
+from ckptvcs.store.writer import Writer
+
+_LOCK_WAIT: Final = 60.0
+_MOST_THREADS: Final = 4
+_log = logging.getLogger("ckptvcs")
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+class Store:
+    """An open repository folder (`.ckpt`). Thread-safe; usable in a forked child, where it takes its
+    own locks, threads and index connection on first use."""
+
+    def __init__(self, root: Path, disk: Disk, threads: int | None) -> None:
+        self.disk = disk
+        self.layout = Layout(root)
+        self.threads = threads or min(_MOST_THREADS, usable_cpus())
+        self.format: Format
+        self.rebuilt: Rebuilt | None = None
+        """What making the index anew found, if opening did that."""
+        self._journal = Journal(disk, self.layout.journal)
+        self._lease = Lease(disk, self.layout)
+        self._index: Index | None = None
+        self._shared_lock: Lock | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._process = disk.process()
+
+    # -- life ------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls, root: Path, disk: Disk, *, config: bytes, head: str, who: str, threads: int | None = None
+    ) -> Store:
+        """Make a repository at `root` (the `.ckpt` folder itself) and open it.
+
+        Built aside and renamed into place, so that it is there whole or not at all, and so that of
+        many processes doing this at once one succeeds. ExistsError for the others. Durable on return.
+        """
+        with disk.lock(root.parent, wait=_LOCK_WAIT):
+            if disk.exists(root / "format"):
+                raise ExistsError(f"{root.parent} is a repository already", hint="open it instead")
+            for name in disk.names(root.parent):
+                if name.startswith(f"{root.name}-init-"):  # left by a process that died in here
+                    disk.remove_tree(root.parent / name)
+            aside = root.with_name(f"{root.name}-init-{secrets.token_hex(6)}")
+            disk.make_dir(aside)
+            try:
+                cls._build(aside, disk, config, head, who)
+                disk.rename(aside, root)
+                disk.sync_dir(root.parent)
+            except BaseException:
+                disk.remove_tree(aside)
+                raise
+        return cls.open(root, disk, threads=threads)
+
+    @staticmethod
+    def _build(root: Path, disk: Disk, config: bytes, head: str, who: str) -> None:
+        layout = Layout(root)
+        for folder in layout.folders:
+            disk.make_dir(folder)
+        stamp = Format.new()
+        journal = Journal(disk, layout.journal)
+        journal.create()
+        index = Index.create(disk, layout.meta, stamp.index)
+        try:
+            with index.change() as change:
+                entry = change.record(disk.now_ns(), who, "init", [Move("HEAD", None, head)])
+            journal.append(lambda _: [entry])
+        finally:
+            index.close()
+        for path, data in (
+            (layout.config, config),
+            (layout.ignore, b"*\n"),
+            (layout.format, stamp.pack()),
+        ):
+            disk.replace(path, data)
+        for path in (layout.lock, layout.gc_lock, layout.packs_lock):
+            disk.lock(path).release()
+        for folder in layout.folders:
+            disk.sync_dir(folder)
+        disk.sync_dir(root)
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        disk: Disk,
+        *,
+        threads: int | None = None,
+        say: Callable[[str], None] = _say_nothing,
+        rebuild: bool = False,
+    ) -> Store:
+        """Open an existing repository folder.
+
+        A missing index is made anew first, and `say` is told; with `rebuild` also one that is there,
+        which may be damaged beyond opening. No other handle may be open for that.
+        """
+        store = cls(root, disk, threads)
+        try:
+            if rebuild:
+                store.rebuilt = store.rebuild()
+            while not store._try_open():
+                say(f"the index of {root.parent} is missing; rebuilding it from packs and journal")
+                report = store.rebuild(only_if_missing=True)
+                if report is not None:
+                    store.rebuilt = report
+                    for problem in report.problems:
+                        say(problem)
+            store.catch_up_journal()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _try_open(self) -> bool:
+        """Take the shared lock and open the index; False if there is none that fits."""
+        self._read_format()
+        self._shared_lock = self._lock(shared=True)
+        # Read again under the lock: a rebuild may just have renewed the index id.
+        self._read_format()
+        try:
+            self._index = Index.open(self.disk, self.layout.meta, self.format.index)
+        except NotFoundError:
+            self._shared_lock.release()
+            self._shared_lock = None
+            return False
+        return True
+
+    def _read_format(self) -> None:
+        try:
+            data = self.disk.read(self.layout.format)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NoRepositoryError(
+                f"there is no repository at {self.layout.root.parent}",
+                hint="make one with `ckpt init`, or set CKPT_REPO",
+            ) from None
+        self.format = Format.unpack(data, str(self.layout.format))
+
+    def _lock(self, *, shared: bool) -> Lock:
+        try:
+            return self.disk.lock(self.layout.lock, shared=shared, wait=_LOCK_WAIT)
+        except LockedError:
+            doing = "is rebuilding its index" if shared else "has it open"
+            raise LockedError(
+                f"the repository {self.layout.root.parent} is locked: another process {doing}",
+                hint="wait for it to finish, or close other handles and programs that use it",
+            ) from None
+
+    def rebuild(self, *, only_if_missing: bool = False) -> Rebuilt | None:
+        """Make the index anew. No other handle may be open; LockedError otherwise.
+
+        With `only_if_missing`, None if another process rebuilt it first.
+        """
+        self._close_index()
+        with self._lock(shared=False):
+            self._read_format()
+            self.format.check("write")
+            if only_if_missing:
+                with contextlib.suppress(NotFoundError):
+                    Index.open(self.disk, self.layout.meta, self.format.index).close()
+                    return None
+            self.format, report = rebuild(self.disk, self.layout, self._pool)
+        return report
+
+    def reopen(self) -> None:
+        """Open again after `rebuild`."""
+        if not self._try_open():
+            raise CorruptionError(f"the index of {self.layout.root.parent} cannot be opened")
+
+    def _close_index(self) -> None:
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+        if self._shared_lock is not None:
+            self._shared_lock.release()
+            self._shared_lock = None
+
+    def close(self) -> None:
+        """Let go of everything. The store cannot be used afterwards."""
+        self._lease.release()
+        if self._executor is not None and self._process == self.disk.process():
+            self._executor.shutdown(wait=True)
+        self._executor = None
+        self._close_index()
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    @property
+    def grid(self) -> Grid:
+        """How this repository cuts content."""
+        return GRIDS[self.format.grid]
+
+    @property
+    def index(self) -> Index:
+        """The index, for collectors and checkers."""
+        if self._index is None:
+            raise CkptError("this repository handle is closed", code="closed")
+        if self._process != self.disk.process():
+            # A forked child: the parent's threads and locks did not come along.
+            self._process = self.disk.process()
+            self._executor = None
+            self._shared_lock = self._lock(shared=True)
+        return self._index
+
+    @property
+    def lease(self) -> Lease:
+        """This process's lease."""
+        return self._lease
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="ckptvcs")
+        return self._executor
+
+    def snapshot(self) -> contextlib.AbstractContextManager[Snapshot]:
+        """A short, consistent look at refs, log and rows."""
+        return self.index.snapshot()
+
+    def reader(self) -> Reader:
+        """A scope for reading records."""
+        return Reader(self.disk, self.layout, self.index, self.grid, self._pool)
+
+    def writer(self) -> Writer:
+        """A scope for writing one commit."""
+        self.format.check("write")
+        return Writer(
+            self.disk, self.layout, self.index, self.grid, self._lease, self._pool, self.threads
+        )
+
+    # -- roots -----------------------------------------------------------------------------------
+
+    def update(
+        self, operations: Sequence[Operation], *, who: str, why: str, info: dict[str, Any] | None = None
+    ) -> LogEntry | None:
+        """Change refs and annotations, all in one transaction; None if a ref was not at its `old`.
+
+        A ref may only be moved to a commit whose row is present, which vouches for all below it.
+        Durable on return.
+        """
+        self.format.check("write")
+        with self.index.change() as change:
+            for op in operations:
+                if not isinstance(op, Move):
+                    continue
+                if change.ref(op.name) != op.old:
+                    return None
+                if isinstance(op.new, ObjectId):
+                    require_commit(change, op.new)
+            entry = change.record(self.disk.now_ns(), who, why, operations, info)
+        self.catch_up_journal()
+        return entry
+
+    def catch_up_journal(self) -> None:
+        """Append to `refs.journal` what the log has beyond it.
+
+        A failure is logged, not raised: the change itself is durable in the index already, and the
+        next open or change tries again.
+        """
+
+        def entries_after(position: int) -> list[LogEntry]:
+            with self.snapshot() as snapshot:
+                if position > snapshot.position():
+                    raise CorruptionError(
+                        f"{self.layout.journal} is ahead of the index: the index lost changes",
+                        hint="`ckpt fsck --rebuild` makes the index anew from packs and journal",
+                    )
+                return list(snapshot.log(after=position))
+
+        try:
+            with self.snapshot() as snapshot:
+                newest = snapshot.position()
+            if self._journal.last_position() != newest:
+                self._journal.append(entries_after)
+        except (StorageError, OSError) as error:
+            _log.warning("the journal could not be brought up to date: %s", error)
+
+    @contextlib.contextmanager
+    def collecting(self, *, wait: float = 0.0) -> Iterator[None]:
+        """Hold `gc.lock`: one collector at a time. LockedError if another one runs."""
+        self.format.check("gc")
+        try:
+            lock = self.disk.lock(self.layout.gc_lock, wait=wait)
+        except LockedError:
+            raise LockedError(
+                "another process is collecting garbage in this repository", hint="wait for it to finish"
+            ) from None
+        with lock:
+            yield
+
+
+def require_commit(change: Change, id: ObjectId) -> None:
+    """Refuse a ref to something that is not a stored commit."""
+    row = change.live(id)
+    if row is None or row.kind is not Kind.COMMIT:
+        raise NotFoundError(f"the commit {id.short} is no longer stored", hint="it was collected by gc")

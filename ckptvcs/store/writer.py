@@ -1,0 +1,439 @@
+"""Writing: the scope in which new records are made, and the one transaction that publishes them.
+
+The order of steps and what a crash leaves at each is docs/format.md, "Commit". In short: look up and
+encode outside any transaction; seal and sync own packs; then one LMDB transaction checks that nothing
+looked up was collected meanwhile, puts the rows, and compares and sets the refs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, Protocol, Self
+
+from ckptvcs.disk import Disk
+from ckptvcs.errors import InvalidError, NotFoundError, StorageError
+from ckptvcs.ids import Buffer, Kind, ObjectId, chunk_id, object_id
+from ckptvcs.store import codec
+from ckptvcs.store.format import (
+    MAX_DEPTH,
+    MAX_RAW,
+    PACK_LIMIT,
+    Entry,
+    Grid,
+    Layout,
+    PackName,
+    unpack_object,
+)
+from ckptvcs.store.index import Change, Index, PackInfo, Row
+from ckptvcs.store.journal import Move
+from ckptvcs.store.leases import Lease
+from ckptvcs.store.packs import Frame, PackWriter, make_frame
+from ckptvcs.store.reader import Reader
+
+_TASK_BYTES: Final = 4 << 20
+_TASK_PIECES: Final = 256
+_SECTION_BYTES: Final = 8 << 20
+"""A component's frames get a pack of their own once the pack before has this many bytes, so that
+dropping the component later unlinks whole packs."""
+
+
+class Source(Protocol):
+    """The bytes of one tensor or file. `read` is called from several threads, and again if a collector
+    forces a chunk to be written anew, so it must give the same bytes until the writer closes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all."""
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of one element; 1 for opaque bytes."""
+
+    def read(self, offset: int, length: int) -> Buffer:
+        """Bytes [offset, offset + length), without a copy where the memory allows it."""
+
+
+class Piece(NamedTuple):
+    """One grid cell of a source."""
+
+    source: Source
+    offset: int
+    length: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """Bytes of one component: `reused` were stored already, `stored` is what records cost."""
+
+    new: int = 0
+    reused: int = 0
+    stored: int = 0
+
+
+class _Made(NamedTuple):
+    entry: Entry
+    pack: PackName
+
+
+@dataclass(slots=True)
+class _Sealed:
+    name: PackName
+    info: PackInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What `publish` asks for.
+
+    Attributes:
+        root: the commit.
+        moves: refs to move; each must still stand at its `old`.
+        rescue: the move that roots the commit elsewhere if any of `moves` lost its race.
+        require: commits that must be present besides (parents, origin).
+    """
+
+    root: ObjectId
+    moves: tuple[Move, ...]
+    rescue: Move
+    require: tuple[ObjectId, ...]
+    time: int
+    who: str
+    why: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Writer:
+    """One commit in the making. Use as a context: what was not published is thrown away at its end.
+
+    Not thread-safe; the pool inside it is. Bounded memory: a few tasks of 4 MiB per thread.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        layout: Layout,
+        index: Index,
+        grid: Grid,
+        lease: Lease,
+        pool: Callable[[], ThreadPoolExecutor],
+        threads: int,
+    ) -> None:
+        self.grid = grid
+        self.tallies: dict[str, Tally] = {}
+        self._disk = disk
+        self._layout = layout
+        self._index = index
+        self._lease = lease
+        self._pool = pool
+        self._window = 2 * threads + 1
+        self._pack: PackWriter | None = None
+        self._sealed: list[_Sealed] = []
+        self._made: dict[ObjectId, _Made] = {}
+        self._pieces: dict[ObjectId, Piece] = {}
+        self._objects: dict[ObjectId, tuple[Kind, bytes]] = {}
+        self._section = ""
+        self._tally = self.tallies.setdefault("", Tally())
+        # Read before every lookup of this scope: if it still stands at the end, nothing that was
+        # found has been deleted since.
+        with index.snapshot() as snapshot:
+            self._gc_seq = snapshot.gc_seq()
+
+    # -- putting ---------------------------------------------------------------------------------
+
+    def section(self, name: str) -> None:
+        """The frames that follow belong to this top-level component."""
+        if name != self._section:
+            if self._pack is not None and self._pack.size >= _SECTION_BYTES:
+                self._seal()
+            self._section = name
+            self._tally = self.tallies.setdefault(name, Tally())
+
+    def put(self, sources: Sequence[Source]) -> list[tuple[ObjectId, ...]]:
+        """Cut sources by the grid, hash the cells and store those that are new; their ids, in order.
+
+        Hashing, lookup and encoding run on the pool; appending happens here, in order.
+        """
+        ids: list[list[ObjectId]] = [[] for _ in sources]
+        waiting: deque[tuple[list[int], Future[list[tuple[ObjectId, Frame | None]]]]] = deque()
+
+        def finish() -> None:
+            owners, future = waiting.popleft()
+            for owner, (id, frame) in zip(owners, future.result(), strict=True):
+                ids[owner].append(id)
+                self._take(id, frame)
+
+        try:
+            for owners, pieces in self._tasks(sources):
+                if not waiting and sum(p.length for p in pieces) < 1 << 16:
+                    # Too little to be worth a thread switch.
+                    done: Future[list[tuple[ObjectId, Frame | None]]] = Future()
+                    done.set_result(self._prepare(pieces))
+                    waiting.append((owners, done))
+                else:
+                    waiting.append((owners, self._pool().submit(self._prepare, pieces)))
+                if len(waiting) >= self._window:
+                    finish()
+            while waiting:
+                finish()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+            wait([future for _, future in waiting])
+        return [tuple(each) for each in ids]
+
+    def _tasks(self, sources: Sequence[Source]) -> Iterator[tuple[list[int], list[Piece]]]:
+        owners: list[int] = []
+        pieces: list[Piece] = []
+        size = 0
+        for owner, source in enumerate(sources):
+            for offset in range(0, source.nbytes, self.grid.chunk):
+                length = min(self.grid.chunk, source.nbytes - offset)
+                owners.append(owner)
+                pieces.append(Piece(source, offset, length))
+                size += length
+                if size >= _TASK_BYTES or len(pieces) >= _TASK_PIECES:
+                    yield owners, pieces
+                    owners, pieces, size = [], [], 0
+        if pieces:
+            yield owners, pieces
+
+    def _prepare(self, pieces: list[Piece]) -> list[tuple[ObjectId, Frame | None]]:
+        raws = [piece.source.read(piece.offset, piece.length) for piece in pieces]
+        ids = [chunk_id(raw) for raw in raws]
+        with self._index.snapshot() as snapshot:
+            missing = {id for id in ids if snapshot.live(id) is None}
+        prepared: list[tuple[ObjectId, Frame | None]] = []
+        for piece, raw, id in zip(pieces, raws, ids, strict=True):
+            self._pieces.setdefault(id, piece)
+            if id in missing and id not in self._made:
+                missing.discard(id)
+                prepared.append((id, _chunk_frame(id, raw, piece.source.element_size)))
+            else:
+                prepared.append((id, None))
+        return prepared
+
+    def put_frame(self, id: ObjectId, frame: Frame) -> None:
+        """Store a chunk that the caller encoded, a difference against a base included.
+
+        The caller vouches that decoding gives the chunk; the base must be stored by the time of
+        `publish`.
+        """
+        self._take(id, frame)
+
+    def put_objects(self, kind: Kind, payloads: Sequence[bytes]) -> list[ObjectId]:
+        """Store objects of one kind; their ids, in order."""
+        ids = [object_id(kind, payload) for payload in payloads]
+        with self._index.snapshot() as snapshot:
+            missing = {id for id in ids if snapshot.live(id) is None}
+        for id, payload in zip(ids, payloads, strict=True):
+            if len(payload) > MAX_RAW:
+                raise InvalidError(
+                    f"a {kind.label} of {len(payload)} bytes is larger than the {MAX_RAW} a record may hold"
+                )
+            self._objects[id] = (kind, payload)
+            frame = None
+            if id in missing:
+                missing.discard(id)
+                frame = _object_frame(kind, id, payload)
+            self._take(id, frame, counted=len(payload) if frame else 0)
+        return ids
+
+    def _take(self, id: ObjectId, frame: Frame | None, counted: int | None = None) -> None:
+        if frame is None or id in self._made:
+            if counted is None:
+                self._tally.reused += self._pieces[id].length if id in self._pieces else 0
+            return
+        entry = self._append(frame)
+        if counted is None:
+            self._tally.new += entry.raw
+        self._tally.stored += entry.cost
+
+    def _append(self, frame: Frame) -> Entry:
+        if self._pack is None:
+            self._pack = PackWriter(self._disk, self._layout, self._lease.next_pack())
+        entry = self._pack.append(frame)
+        self._made[frame.header.id] = _Made(entry, self._pack.name)
+        if self._pack.size >= PACK_LIMIT:
+            self._seal()
+        return entry
+
+    def _seal(self) -> None:
+        pack, self._pack = self._pack, None
+        if pack is None:
+            return
+        try:
+            size = pack.seal()
+        except BaseException:
+            pack.abandon()
+            raise
+        self._sealed.append(_Sealed(pack.name, PackInfo(size, len(pack.entries))))
+
+    # -- publishing ------------------------------------------------------------------------------
+
+    def publish(self, wanted: Publication) -> bool:
+        """Make the commit and all it reaches durable and move the refs, in one transaction.
+
+        True if the refs moved. False if one of them stood elsewhere: then the commit is rooted by
+        `rescue` instead. Durable on return either way.
+        """
+        closure: list[ObjectId] | None = None
+        while True:
+            self._seal()
+            absent: list[ObjectId] = []
+            with self._index.change() as change:
+                self._lease.check()
+                moved = change.gc_seq() != self._gc_seq
+                if moved and closure is not None:
+                    absent = [id for id in closure if not self._is_safe(change, id)]
+                if not moved or (closure is not None and not absent):
+                    return self._enter(change, wanted)
+            # A collector ran since our first lookup. Look everything up again: what is gone is
+            # written anew from its source, then the transaction is tried again.
+            if closure is None:
+                closure = self._closure(wanted.root)
+            for id in absent:
+                self._write_again(id)
+
+    def _enter(self, change: Change, wanted: Publication) -> bool:
+        won = all(change.ref(move.name) == move.old for move in wanted.moves)
+        tips = {move.old for move in wanted.moves} if won else set()
+        for commit in wanted.require:
+            row = None if commit in tips else change.live(commit)
+            if commit not in tips and (row is None or row.kind is not Kind.COMMIT):
+                raise NotFoundError(
+                    f"the parent commit {commit.short} is no longer stored",
+                    hint="its branch was deleted and collected while this commit was being made",
+                )
+        for sealed in self._sealed:
+            change.put_pack(sealed.name, sealed.info)
+        for id in sorted(self._made):
+            self._put_row(change, id, 0)
+        moves = wanted.moves if won else (wanted.rescue,)
+        change.record(wanted.time, wanted.who, wanted.why, moves, wanted.info)
+        self._published = True
+        return won
+
+    _published = False
+
+    def _put_row(self, change: Change, id: ObjectId, below: int) -> Row:
+        """The row of a record of ours, unless a live one is there. A base is settled first."""
+        there = change.live(id)
+        if there is not None:
+            return there
+        made = self._made.get(id)
+        if made is None or below > MAX_DEPTH:
+            raise StorageError(f"the base {id.short} of a frame is not stored, or its chain is endless")
+        entry = made.entry
+        depth = 0
+        if entry.base is not None:
+            depth = 1 + self._put_row(change, entry.base, below + 1).depth
+            if depth > MAX_DEPTH:
+                raise StorageError(f"the base chain of {id.short} is longer than {MAX_DEPTH}")
+        row = Row(
+            entry.kind,
+            entry.codec,
+            entry.element_size,
+            depth,
+            entry.raw,
+            entry.stored,
+            entry.offset,
+            made.pack,
+            entry.base,
+        )
+        change.put_row(id, row)
+        return row
+
+    def _is_safe(self, change: Change, id: ObjectId) -> bool:
+        """Whether a record is live down its base chain, or among those this writer made."""
+        current: ObjectId | None = id
+        for _ in range(MAX_DEPTH + 1):
+            if current is None:
+                return True
+            row = change.live(current)
+            if row is not None:
+                current = row.base
+            elif current in self._made:
+                current = self._made[current].entry.base
+            else:
+                return False
+        return False
+
+    def _closure(self, root: ObjectId) -> list[ObjectId]:
+        """Everything the commit reaches, other commits left out: their rows vouch for theirs."""
+        seen = {root}
+        waiting = [(Kind.COMMIT, root)]
+        with Reader(self._disk, self._layout, self._index, self.grid, self._pool) as reader:
+            while waiting:
+                kind, id = waiting.pop()
+                made = self._objects.get(id)
+                payload = made[1] if made else reader.objects(kind, [id])[0]
+                for child_kind, child in unpack_object(payload, child_name(kind, id))[0]:
+                    if child_kind is not Kind.COMMIT and child not in seen:
+                        seen.add(child)
+                        if child_kind is not Kind.CHUNK:
+                            waiting.append((child_kind, child))
+        return sorted(seen)
+
+    def _write_again(self, id: ObjectId) -> None:
+        self._made.pop(id, None)
+        if id in self._objects:
+            kind, payload = self._objects[id]
+            self._append(_object_frame(kind, id, payload))
+        elif id in self._pieces:
+            piece = self._pieces[id]
+            raw = piece.source.read(piece.offset, piece.length)
+            self._append(_chunk_frame(id, raw, piece.source.element_size))
+        else:
+            raise NotFoundError(
+                f"{id.short} was collected while a commit that reuses it was being made",
+                hint="commit again",
+            )
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Throw away what was not published."""
+        if self._pack is not None:
+            self._pack.abandon()
+            self._pack = None
+        if not self._published:
+            for sealed in self._sealed:
+                with contextlib.suppress(OSError, StorageError):
+                    self._disk.remove(self._layout.pack(sealed.name))
+        self._sealed = []
+        self._pieces.clear()
+        self._objects.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def child_name(kind: Kind, id: ObjectId) -> str:
+    """How an object is called in messages."""
+    return f"{kind.label} {id.short}"
+
+
+def _chunk_frame(id: ObjectId, raw: Buffer, element_size: int) -> Frame:
+    # Copied, then hashed once more: if another thread changed the tensor since its id was taken, the
+    # record would be unreadable for ever. Better to refuse now.
+    copy = bytes(raw)
+    if chunk_id(copy) != id:
+        raise InvalidError(
+            "the state was changed while it was being committed",
+            hint="commit between steps, or copy the state first",
+            code="state-changed",
+        )
+    number, payload = codec.encode(copy, element_size)
+    return make_frame(Kind.CHUNK, id, number, element_size, len(copy), payload)
+
+
+def _object_frame(kind: Kind, id: ObjectId, payload: bytes) -> Frame:
+    number, stored = codec.encode(payload, 1)
+    return make_frame(kind, id, number, 1, len(payload), stored)
