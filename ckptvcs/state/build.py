@@ -1,0 +1,478 @@
+"""A nested Python state -> nodes. Nothing is stored here; memory is looked at, not copied."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import enum
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from ckptvcs.canonical import Tagged, encode
+from ckptvcs.errors import UnsupportedStateError
+from ckptvcs.state import codes, paths, torch_tensors, values
+from ckptvcs.state.interface import Source
+from ckptvcs.state.nodes import Content, Context, Data, Leaf, ListNode, MapNode, Node, Tag, TensorNode
+from ckptvcs.state.tensors import (
+    ArraySource,
+    BytesSource,
+    Raw,
+    Spec,
+    capture,
+    dense_order,
+    dtype_name,
+    find_aliases,
+    scalar_fields,
+    unit,
+    why_not,
+)
+from ckptvcs.store.format import Grid
+
+MAX_COMPONENTS: Final = 64
+"""Up to so many top-level entries each is a component; of more, only those that are containers."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileContent:
+    """A file to be stored.
+
+    Attributes:
+        size: bytes of the whole file.
+        mode: permission bits.
+        digest: BLAKE3 of the whole file.
+        splitter: 0 if the grid cuts it, else the id of the splitter that made `sources`.
+        sources: its bytes; each is cut by the grid in turn.
+    """
+
+    size: int
+    mode: int
+    digest: bytes
+    splitter: int
+    sources: Sequence[Source]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkContent:
+    """A symbolic link to be stored: its target's text."""
+
+    target: str
+
+
+Folder: TypeAlias = "Mapping[str, FileContent | LinkContent | Folder]"
+
+_Trail: TypeAlias = "tuple[Any, object] | None"
+_NUMBERS: Final = (type(None), bool, int, float)
+
+
+def _path(trail: _Trail) -> str:
+    names = []
+    while trail is not None:
+        trail, key = trail
+        names.append(paths.name(key))
+    return "/".join(reversed(names))
+
+
+class Builder:
+    """Builds the nodes of one tree.
+
+    Attributes:
+        contents: what has to be stored, by component, in order.
+        sizes: logical bytes by component.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        # Keys and set elements are never split.
+        self._flat = dataclasses.replace(grid, subtree=1 << 62)
+        self._errors: list[tuple[str, str]] = []
+        self._tensors: list[tuple[TensorNode, Raw]] = []
+        self._open: set[int] = set()
+        # Whatever was made on the way stays alive, or another array could be given its memory and
+        # seem to share it.
+        self._kept: list[Any] = []
+        self._captures = torch_tensors.Captures()
+        self.contents: dict[str, list[Content]] = {}
+        self.sizes: dict[str, int] = {}
+        self._component = ""
+
+    def state(self, value: Any) -> Node:
+        """The node of a whole state. UnsupportedStateError lists every leaf that cannot be stored."""
+        node = self._node(value, None, 0)
+        if self._errors:
+            raise UnsupportedStateError(self._errors)
+        aliases = find_aliases([(node.spec.framework, raw) for node, raw in self._tensors])
+        for (tensor, raw), alias in zip(self._tensors, aliases, strict=True):
+            tensor.set_layout(None if alias else dense_order(raw), alias)
+        return node
+
+    def files(self, folder: Folder) -> Node:
+        """The node of a folder of files."""
+        return MapNode([(encode(name), self._file(name, entry, True)) for name, entry in folder.items()])
+
+    def _file(self, name: str, entry: FileContent | LinkContent | Folder, top: bool) -> Node:
+        if top:
+            self._enter(paths.name(name))
+        if isinstance(entry, LinkContent):
+            return Leaf(encode(Tagged(codes.LINK, encode(entry.target))))
+        if isinstance(entry, FileContent):
+            fields = [encode(field) for field in (entry.size, entry.mode, entry.digest, entry.splitter)]
+            return Data(codes.FILE, fields, self._content(entry.size, entry.sources))
+        return MapNode([(encode(key), self._file(key, below, False)) for key, below in entry.items()])
+
+    def _enter(self, component: str) -> None:
+        self._component = component
+        self.contents.setdefault(component, [])
+        self.sizes.setdefault(component, 0)
+
+    def _content(self, nbytes: int, sources: Sequence[Source]) -> Content:
+        content = Content(nbytes, sources, self._grid)
+        if content.inline is None:
+            self.contents.setdefault(self._component, []).append(content)
+        self.sizes[self._component] = self.sizes.get(self._component, 0) + nbytes
+        return content
+
+    def _refuse(self, trail: _Trail, why: str) -> Node:
+        self._errors.append((_path(trail), why))
+        return Leaf(b"")
+
+    # -- values -----------------------------------------------------------------------------------
+
+    def _leaf(self, encoded: bytes, number: bool = False) -> Leaf:
+        self.sizes[self._component] = self.sizes.get(self._component, 0) + len(encoded)
+        return Leaf(encoded, number)
+
+    def _node(self, value: Any, trail: _Trail, depth: int, in_key: bool = False) -> Node:
+        kind = type(value)
+        if kind in _NUMBERS:
+            return self._leaf(encode(value), True)
+        if kind is np.ndarray:
+            return self._array(value, trail, in_key)
+        handler = _HANDLERS.get(kind)
+        if handler is None:
+            handler = _handler(value)
+            if handler is None:
+                return self._refuse(trail, _why_unsupported(value))
+        if handler not in _CONTAINERS:
+            return handler(self, value, trail, depth, in_key)
+        if depth > codes.MAX_DEPTH:
+            return self._refuse(trail, f"nested deeper than {codes.MAX_DEPTH} containers")
+        if id(value) in self._open:
+            return self._refuse(trail, f"{kind.__name__} that contains itself")
+        self._open.add(id(value))
+        try:
+            return handler(self, value, trail, depth, in_key)
+        finally:
+            self._open.discard(id(value))
+
+    def _text(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        kind = type(value)
+        if len(value) > self._grid.subtree // 4 and not in_key:
+            data = value.encode("utf-8", "surrogatepass") if kind is str else value
+            if len(data) > self._grid.subtree:
+                if kind is bytearray:
+                    data = bytes(data)  # a view would forbid its owner to resize it
+                fields = [encode(kind.__name__), encode(len(data))]
+                return Data(codes.BLOB, fields, self._content(len(data), [BytesSource(data)]))
+        return self._leaf(
+            encode(Tagged(codes.BYTEARRAY, encode(bytes(value))) if kind is bytearray else value)
+        )
+
+    def _plain(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        try:
+            encoded = values.leaf(value)
+        except values.NoLeafError as error:
+            return self._refuse(trail, str(error))
+        return self._leaf(encoded)
+
+    def _enum(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        if isinstance(value, values.EnumValue):
+            name, member, inner = value.type, value.name, value.value
+        else:
+            name, member, inner = values.type_name(type(value)), value.name, value.value
+        # An enum's value is code, not state: it is kept as far as it is plain, to be shown.
+        head = [self._leaf(encode(name)), self._leaf(encode(member))]
+        return Tag(codes.ENUM, [*head, self._key(inner, trail)])
+
+    def _scalar(self, value: np.generic, trail: _Trail, depth: int, in_key: bool) -> Node:
+        fields = scalar_fields(value)
+        if fields is None:
+            return self._refuse(trail, f"numpy scalar: {why_not(value.dtype)}")
+        return self._leaf(encode(Tagged(codes.NUMPY_SCALAR, encode(list(fields)))))
+
+    def _dtype(self, value: np.dtype[Any], trail: _Trail, depth: int, in_key: bool) -> Node:
+        name = dtype_name(value)
+        if name is None:
+            return self._refuse(trail, why_not(value))
+        big = codes.BIG_ENDIAN if value.str[0] == ">" else 0
+        return self._leaf(encode(Tagged(codes.NUMPY_DTYPE, encode([name, big]))))
+
+    def _torch_leaf(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        code, plain = torch_tensors.leaf(value) or (0, None)
+        return self._leaf(encode(Tagged(code, encode(plain))))
+
+    # -- containers -------------------------------------------------------------------------------
+
+    def _items(self, value: Iterable[Any], trail: _Trail, depth: int, in_key: bool) -> ListNode:
+        return ListNode([self._node(item, (trail, at), depth + 1, in_key) for at, item in enumerate(value)])
+
+    def _entries(self, value: Mapping[Any, Any], trail: _Trail, depth: int, in_key: bool = False) -> MapNode:
+        top, few = trail is None and depth == 0, len(value) <= MAX_COMPONENTS
+        entries = []
+        for key, item in value.items():
+            if top:
+                self._enter(paths.name(key) if few or _is_component(item) else "")
+            entries.append(
+                (
+                    encode(key) if type(key) is str else self._key(key, (trail, key)).encoded,
+                    self._node(item, (trail, key), depth + 1, in_key),
+                )
+            )
+        if top:
+            self._component = ""
+        return MapNode(entries)
+
+    def _key(self, key: Any, trail: _Trail) -> Leaf:
+        node = self._node(key, trail, 0, True)
+        if type(node) is Leaf:
+            return node
+        node.weigh(self._flat)
+        return Leaf(node.emit(Context(None)))
+
+    def _list(self, value: list[Any], trail: _Trail, depth: int, in_key: bool) -> Node:
+        return self._items(value, trail, depth, in_key)
+
+    def _dict(self, value: dict[Any, Any], trail: _Trail, depth: int, in_key: bool) -> Node:
+        return self._entries(value, trail, depth, in_key)
+
+    def _tuple(self, value: tuple[Any, ...], trail: _Trail, depth: int, in_key: bool) -> Node:
+        return Tag(codes.TUPLE, [self._items(value, trail, depth, in_key)], single=True)
+
+    def _namedtuple(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        kind = type(value)
+        items = [
+            self._node(item, (trail, field), depth + 1, in_key)
+            for field, item in zip(kind._fields, value, strict=True)
+        ]
+        head = [self._leaf(encode(values.type_name(kind))), self._leaf(encode(list(kind._fields)))]
+        return Tag(codes.NAMEDTUPLE, [*head, ListNode(items)])
+
+    def _set(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        found = []
+        for item in value:
+            leaf = self._key(item, (trail, item))
+            leaf.number = type(item) in _NUMBERS
+            found.append(leaf)
+        found.sort(key=lambda leaf: leaf.encoded)
+        code = codes.SET if type(value) is set else codes.FROZENSET
+        return Tag(code, [ListNode(found)], single=True)
+
+    def _ordered(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        parts: list[Node] = [self._entries(value, trail, depth, in_key)]
+        metadata = getattr(value, "_metadata", None)
+        if metadata is not None:
+            parts.append(self._node(metadata, (trail, "_metadata"), depth + 1, in_key))
+        return Tag(codes.ORDERED_DICT, parts)
+
+    def _defaultdict(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        factory = value.default_factory
+        name = None if factory is None else getattr(factory, "__name__", "")
+        if name is not None and values.FACTORIES.get(name) is not factory:
+            return self._refuse(
+                trail, f"defaultdict with factory {factory!r}; only {', '.join(values.FACTORIES)} or None"
+            )
+        return Tag(codes.DEFAULT_DICT, [self._leaf(encode(name)), self._entries(value, trail, depth, in_key)])
+
+    def _deque(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        return Tag(codes.DEQUE, [self._leaf(encode(value.maxlen)), self._items(value, trail, depth, in_key)])
+
+    def _slice(self, value: slice, trail: _Trail, depth: int, in_key: bool) -> Node:
+        return Tag(codes.SLICE, [self._key(part, trail) for part in (value.start, value.stop, value.step)])
+
+    def _namespace(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        code = codes.NAMESPACE if type(value) is argparse.Namespace else codes.SIMPLE_NAMESPACE
+        return Tag(code, [self._entries(vars(value), trail, depth + 1, in_key)], single=True)
+
+    def _dataclass(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        if isinstance(value, values.DataclassValue):
+            name, fields = value.type, value.fields
+        else:
+            name = values.type_name(type(value))
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        self._kept.append(fields)
+        inner = self._entries(fields, trail, depth + 1, in_key)
+        return Tag(codes.DATACLASS, [self._leaf(encode(name)), inner])
+
+    def _expand(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        if in_key:
+            return self._refuse(trail, f"{type(value).__name__} as a key or in a set")
+        torch_tensors.refuse_sharded(value)
+        expanded = value.state_dict()
+        self._kept.append(expanded)
+        # The object's own trail: its tree is the tree of the dict, whatever made it.
+        if id(expanded) in self._open or depth > codes.MAX_DEPTH:
+            return self._refuse(trail, f"{type(value).__name__} whose state_dict() leads back to itself")
+        return self._node(expanded, trail, depth)
+
+    # -- tensors ----------------------------------------------------------------------------------
+
+    def _array(self, value: Any, trail: _Trail, in_key: bool) -> Node:
+        captured = capture(value)
+        if captured is None:
+            return self._refuse(trail, why_not(value.dtype))
+        if in_key:
+            return self._refuse(trail, "array as a key or in a set")
+        return self._tensor(*captured)
+
+    def _memmap(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        return self._array(value, trail, in_key)
+
+    def _tensor(self, spec: Spec, raw: Raw) -> TensorNode:
+        size = unit(spec.dtype, spec.item)
+        node = TensorNode(spec, self._content(spec.nbytes, [ArraySource(raw, size, spec.swap)]))
+        self._tensors.append((node, raw))
+        return node
+
+    def _torch(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        why = "tensor as a key or in a set" if in_key else torch_tensors.why_not(value)
+        if why:
+            return self._refuse(trail, why)
+        sparse = torch_tensors.sparse(value)
+        if sparse:
+            layout, flags, parts = sparse
+            head = [layout, list(value.shape), flags]
+            return Tag(codes.SPARSE, [*self._fields(head), self._parts(parts)])
+        quantized = torch_tensors.quantized(value)
+        if quantized:
+            name, scheme, flags, axis, parts = quantized
+            head = [name, scheme, flags, axis]
+            return Tag(codes.QUANTIZED, [*self._fields(head), self._parts(parts)])
+        return self._tensor(*self._captures.dense(value))
+
+    def _fields(self, fields: Sequence[Any]) -> list[Node]:
+        return [Leaf(encode(field)) for field in fields]
+
+    def _parts(self, parts: Mapping[str, Any]) -> MapNode:
+        self._kept.append(parts)
+        return MapNode(
+            [
+                (
+                    encode(name),
+                    self._tensor(*self._captures.dense(part))
+                    if torch_tensors.is_tensor(part)
+                    else self._leaf(encode(part)),
+                )
+                for name, part in parts.items()
+            ]
+        )
+
+    def _generator(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        device, state = torch_tensors.generator_state(value) or ("", None)
+        if in_key:
+            return self._refuse(trail, "generator as a key or in a set")
+        self._kept.append(state)
+        return Tag(
+            codes.TORCH_GENERATOR,
+            [self._leaf(encode(device)), self._tensor(*self._captures.dense(state))],
+        )
+
+
+_Handler: TypeAlias = Callable[[Builder, Any, _Trail, int, bool], Node]
+
+_HANDLERS: Final[dict[type, _Handler]] = {
+    str: Builder._text,
+    bytes: Builder._text,
+    bytearray: Builder._text,
+    list: Builder._list,
+    dict: Builder._dict,
+    tuple: Builder._tuple,
+    set: Builder._set,
+    frozenset: Builder._set,
+    collections.OrderedDict: Builder._ordered,
+    collections.defaultdict: Builder._defaultdict,
+    collections.deque: Builder._deque,
+    slice: Builder._slice,
+    argparse.Namespace: Builder._namespace,
+    types.SimpleNamespace: Builder._namespace,
+    values.EnumValue: Builder._enum,
+    values.DataclassValue: Builder._dataclass,
+    np.memmap: Builder._memmap,
+} | dict.fromkeys(values.LEAF_TYPES, Builder._plain)
+
+_CONTAINERS: Final = {
+    Builder._list,
+    Builder._dict,
+    Builder._tuple,
+    Builder._namedtuple,
+    Builder._set,
+    Builder._ordered,
+    Builder._defaultdict,
+    Builder._deque,
+    Builder._namespace,
+    Builder._dataclass,
+    Builder._expand,
+}
+
+
+def _handler(value: Any) -> _Handler | None:
+    """What to do with a type that is not known by its exact class."""
+    if isinstance(value, enum.Enum):
+        return Builder._enum
+    if torch_tensors.is_tensor(value):
+        return Builder._torch
+    if isinstance(value, np.generic):
+        return Builder._scalar
+    if isinstance(value, np.dtype):
+        return Builder._dtype
+    if torch_tensors.leaf(value) is not None:
+        return Builder._torch_leaf
+    if torch_tensors.generator_state(value) is not None:
+        return Builder._generator
+    if values.is_namedtuple(value):
+        return Builder._namedtuple
+    if not isinstance(value, type):
+        if callable(getattr(value, "state_dict", None)):
+            return Builder._expand
+        if dataclasses.is_dataclass(value):
+            return Builder._dataclass
+    return None
+
+
+def _is_component(value: Any) -> bool:
+    """Whether a top-level entry among many is worth a section of its own."""
+    return isinstance(value, (dict, list, tuple)) or callable(getattr(value, "state_dict", None))
+
+
+_SUBCLASSES: Final = {
+    str: "str()",
+    bytes: "bytes()",
+    bool: "bool()",
+    int: "int()",
+    float: "float()",
+    complex: "complex()",
+    dict: "dict()",
+    list: "list()",
+    tuple: "tuple()",
+    set: "set()",
+    np.ndarray: "np.asarray()",
+}
+
+
+def _why_unsupported(value: object) -> str:
+    kind = type(value)
+    if isinstance(value, type):
+        return f"class {value.__qualname__}"
+    if callable(value) and hasattr(value, "__code__"):
+        return f"function {getattr(value, '__qualname__', '')}"
+    for base, convert in _SUBCLASSES.items():
+        if isinstance(value, base):
+            return f"{kind.__name__}, a subclass of {base.__name__}; convert it with {convert}"
+    if callable(value):
+        return f"callable {kind.__qualname__}"
+    if isinstance(value, (np.random.Generator, np.random.RandomState, np.random.BitGenerator)):
+        return f"class {kind.__qualname__}; store its state (`.bit_generator.state` or `.get_state()`)"
+    return f"class {kind.__qualname__} has no state_dict()"

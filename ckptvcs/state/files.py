@@ -1,0 +1,381 @@
+"""Files and folders <-> the files part of a tree, byte-exact.
+
+A file keeps its bytes, permission bits and the BLAKE3 of the whole; a symbolic link its target, which is
+never followed. Empty folders are not kept, as in git. Nothing a repository says is joined into a path
+unchecked: every step below the destination goes through `disk.Folder`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from ckptvcs.disk import Disk, Folder, ReadFile, StrPath, check_name
+from ckptvcs.errors import (
+    ConflictError,
+    CorruptionError,
+    InvalidError,
+    NotFoundError,
+    StorageError,
+    UnsupportedStateError,
+)
+from ckptvcs.ids import Buffer, Hasher, Kind, ObjectId, chunk_id
+from ckptvcs.state import tree as trees
+from ckptvcs.state.build import FileContent, LinkContent
+from ckptvcs.state.build import Folder as StoredFolder
+from ckptvcs.state.interface import ObjectReader
+from ckptvcs.state.read import StoredFile, StoredLink, parse_chunk_list
+
+_REPOSITORY: Final = ".ckpt"
+_CHUNKS_AT_ONCE: Final = 16
+_PIECE: Final = 1 << 20
+"""Bytes hashed at a time; a multiple of no grid, only a buffer size."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A stored file or link, without its content.
+
+    Attributes:
+        path: names joined by "/"; bytes that are no UTF-8 as lone surrogates.
+        kind: "file" or "link".
+        size: bytes; 0 for a link.
+        mode: permission bits; 0 for a link.
+        digest: BLAKE3 of the whole file; empty for a link.
+        target: where a link points; None for a file.
+    """
+
+    path: str
+    kind: str
+    size: int
+    mode: int
+    digest: bytes
+    target: str | None
+
+
+@dataclass(slots=True)
+class WriteReport:
+    """What `write_out` did, by path."""
+
+    written: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class FileStatus:
+    """How files in a folder compare with stored ones, by path."""
+
+    modified: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+
+
+# -- storing --------------------------------------------------------------------------------------
+
+
+class _FileSource:
+    """A file's bytes, read again when asked, and refused if they are no longer those that were hashed."""
+
+    element_size = 1
+
+    def __init__(self, path: Path, nbytes: int, pieces: list[ObjectId]) -> None:
+        self._path = path
+        self.nbytes = nbytes
+        self._pieces = pieces
+
+    def read(self, offset: int, length: int) -> Buffer:
+        # Opened for each read: a folder may hold more files than a process may have open.
+        with ReadFile(self._path) as file:
+            data = file.read(offset, length)
+        aligned = offset % _PIECE == 0 and (length == _PIECE or offset + length == self.nbytes)
+        if len(data) != length or (aligned and chunk_id(data) != self._pieces[offset // _PIECE]):
+            raise _changed(self._path)
+        return data
+
+
+def _changed(path: Path) -> InvalidError:
+    return InvalidError(
+        f"{path} was changed while it was being committed", hint="commit again", code="state-changed"
+    )
+
+
+def collected(disk: Disk, paths: Mapping[str, StrPath]) -> StoredFolder:
+    """Files and folders to store, by the path they get in the tree.
+
+    Hashes every file. NotFoundError for a path that is not there, InvalidError for an impossible tree
+    path, UnsupportedStateError listing sockets, devices and the like.
+    """
+    root: dict[str, object] = {}
+    odd: list[tuple[str, str]] = []
+    for name, source in paths.items():
+        steps = _steps(name)
+        path = Path(source)
+        parent = Folder.open(path.parent) if path.name else None
+        with contextlib.closing(parent or Folder.open(path)) as folder:
+            content = (
+                _collect(disk, folder, path.name, name, odd)
+                if parent is not None
+                else _collect_folder(disk, folder, name, odd)
+            )
+        if content is None:
+            continue
+        below = root
+        for step in steps[:-1]:
+            inner = below.setdefault(step, {})
+            if not isinstance(inner, dict):
+                raise InvalidError(f"{name!r} lies below a file of the same commit")
+            below = inner
+        if steps:
+            there = below.get(steps[-1])
+            if isinstance(there, dict) and isinstance(content, dict):
+                there.update(content)
+            else:
+                below[steps[-1]] = content
+        elif isinstance(content, dict):
+            below.update(content)
+    if odd:
+        raise UnsupportedStateError(odd)
+    return _sorted(root)
+
+
+def attached(disk: Disk, files: Mapping[str, StrPath]) -> StoredFolder:
+    """The `files=` of a commit, as `collected`."""
+    for name in files:
+        if not isinstance(name, str) or not _steps(name):
+            raise InvalidError(f"{name!r} cannot be the path of an attached file")
+    return collected(disk, files)
+
+
+def _steps(name: str) -> list[str]:
+    """A tree path's names, each checked to be one ordinary step."""
+    steps = [step for step in name.split("/") if step not in ("", ".")]
+    if name.startswith("/") or ".." in steps:
+        raise InvalidError(f"{name!r} cannot be a path in a commit", hint="use a relative path without ..")
+    for step in steps:
+        with_error = InvalidError(f"{name!r} cannot be a path in a commit")
+        try:
+            check_name(step)
+        except StorageError:
+            raise with_error from None
+    return steps
+
+
+def _collect(
+    disk: Disk, folder: Folder, name: str, shown: str, odd: list[tuple[str, str]]
+) -> FileContent | LinkContent | dict[str, object] | None:
+    kind = folder.kind(name)
+    if kind is None:
+        raise NotFoundError(f"there is no file {folder.path / name}")
+    if kind == "link":
+        return LinkContent(folder.read_link(name))
+    if kind == "file":
+        return _hashed(folder, name)
+    if kind == "folder":
+        with contextlib.closing(folder.enter(name)) as inner:
+            if name == _REPOSITORY and inner.kind("format") == "file":
+                return None
+            return _collect_folder(disk, inner, shown, odd)
+    odd.append((shown, "a socket, pipe or device is no file"))
+    return None
+
+
+def _collect_folder(
+    disk: Disk, folder: Folder, shown: str, odd: list[tuple[str, str]]
+) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name in folder.names():
+        content = _collect(disk, folder, name, f"{shown}/{name}", odd)
+        if content is not None:
+            found[name] = content
+    return found
+
+
+def _hashed(folder: Folder, name: str) -> FileContent:
+    size, mode = folder.stat(name)
+    path = folder.path / name
+    whole, pieces, done = Hasher(), [], 0
+    with folder.open_file(name) as file:
+        while done < size:
+            piece = file.read(done, min(_PIECE, size - done))
+            if not piece:
+                raise _changed(path)
+            whole.update(piece)
+            pieces.append(chunk_id(piece))
+            done += len(piece)
+    sources = [_FileSource(path.absolute(), size, pieces)] if size else []
+    return FileContent(size, mode, bytes(whole.id()), 0, sources)
+
+
+def _sorted(folder: Mapping[str, object]) -> StoredFolder:
+    """Names in order, whatever the order of the call, so that equal files give an equal tree."""
+    ordered: dict[str, FileContent | LinkContent | StoredFolder] = {}
+    for name in sorted(folder):
+        content = folder[name]
+        if isinstance(content, dict):
+            ordered[name] = _sorted(content)
+        elif isinstance(content, (FileContent, LinkContent)):
+            ordered[name] = content
+    return ordered
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def entries(
+    reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None
+) -> Iterator[FileEntry]:
+    """The files of a tree, without reading their content."""
+    for path, stored in trees.files(reader, tree, only).items():
+        if isinstance(stored, StoredFile):
+            yield FileEntry(path, "file", stored.size, stored.mode, stored.digest, None)
+        else:
+            yield FileEntry(path, "link", 0, 0, b"", stored.target)
+
+
+def contents(
+    reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None
+) -> dict[str, bytes]:
+    """The bytes of every file by path; of a link, its target's."""
+    found = {}
+    for path, stored in trees.files(reader, tree, only).items():
+        if isinstance(stored, StoredLink):
+            found[path] = stored.target.encode(errors="surrogateescape")
+        else:
+            found[path] = b"".join(_pieces(reader, path, stored))
+    return found
+
+
+def _pieces(reader: ObjectReader, path: str, stored: StoredFile) -> Iterator[bytes]:
+    """A file's bytes, some chunks at a time, the whole checked against its hash at the end."""
+    whole = Hasher()
+    content = stored.content
+    if content.inline is not None:
+        whole.update(content.inline)
+        yield content.inline
+    else:
+        ids = content.chunks
+        if ids is None and content.chunk_list is not None:
+            listed = content.chunk_list
+            ids = parse_chunk_list(listed, reader.objects(Kind.CHUNK_LIST, [listed])[0])
+        ids = ids or ()
+        left = stored.size
+        for start in range(0, len(ids), _CHUNKS_AT_ONCE):
+            part = ids[start : start + _CHUNKS_AT_ONCE]
+            buffer = bytearray(min(left, len(part) * reader.grid.chunk))
+            reader.read_into([(part, memoryview(buffer))])
+            whole.update(buffer)
+            left -= len(buffer)
+            yield bytes(buffer)
+    if whole.id() != stored.digest:
+        raise CorruptionError(f"the file {path} does not have the content its entry states")
+
+
+def write_out(
+    reader: ObjectReader,
+    tree: ObjectId,
+    to: Path,
+    *,
+    only: str | Sequence[str] | None = None,
+    force: bool = False,
+    base: Mapping[str, FileEntry] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> WriteReport:
+    """Put a tree's files below `to`, which is made if missing.
+
+    A file that is there with other content than the tree's is overwritten only if it still is what
+    `base` says (the commit the folder came from), or with `force`; otherwise ConflictError lists all of
+    them and nothing is written. Each file appears whole or not at all.
+    """
+    stored = trees.files(reader, tree, only)
+    report = WriteReport()
+    base = base or {}
+    with contextlib.closing(Folder.open(to, create=True)) as root:
+        changed = []
+        for path, item in stored.items():
+            state = _compare(root, path, _entry_of(path, item))
+            if state == "same":
+                report.unchanged.append(path)
+            elif state == "other" and not force:
+                known = base.get(path)
+                if known is None or _compare(root, path, known) != "same":
+                    changed.append(path)
+        if changed:
+            shown = ", ".join(changed[:10]) + (" and more" if len(changed) > 10 else "")
+            raise ConflictError(
+                f"{len(changed)} file(s) in {to} would be overwritten: {shown}",
+                hint="commit or move them away, or use --force",
+            )
+        same = set(report.unchanged)
+        for path, item in stored.items():
+            if path in same:
+                continue
+            *folders, name = path.split("/")
+            with contextlib.ExitStack() as stack:
+                folder = root
+                for step in folders:
+                    folder = stack.enter_context(folder.enter(step, create=True))
+                if isinstance(item, StoredLink):
+                    folder.write_link(name, item.target)
+                else:
+                    with folder.writing(name, item.mode) as file:
+                        for piece in _pieces(reader, path, item):
+                            file.write([piece])
+                folder.sync()
+            report.written.append(path)
+            if say is not None:
+                say(path)
+    return report
+
+
+def status(reader: ObjectReader, tree: ObjectId, folder: Path) -> FileStatus:
+    """How the files below `folder` compare with the tree's."""
+    found = FileStatus()
+    with contextlib.closing(Folder.open(folder)) as root:
+        for entry in entries(reader, tree):
+            state = _compare(root, entry.path, entry)
+            {"same": found.unchanged, "other": found.modified, "missing": found.missing}[state].append(
+                entry.path
+            )
+    return found
+
+
+def _entry_of(path: str, stored: StoredFile | StoredLink) -> FileEntry:
+    if isinstance(stored, StoredLink):
+        return FileEntry(path, "link", 0, 0, b"", stored.target)
+    return FileEntry(path, "file", stored.size, stored.mode, stored.digest, None)
+
+
+def _compare(root: Folder, path: str, entry: FileEntry) -> str:
+    """'same', 'other' or 'missing'. A folder or symlink in the way counts as 'other'."""
+    *folders, name = path.split("/")
+    with contextlib.ExitStack() as stack:
+        folder = root
+        for step in folders:
+            kind = folder.kind(step)
+            if kind is None:
+                return "missing"
+            if kind != "folder":
+                return "other"
+            folder = stack.enter_context(folder.enter(step))
+        kind = folder.kind(name)
+        if kind is None:
+            return "missing"
+        if kind != entry.kind:
+            return "other"
+        if kind == "link":
+            return "same" if folder.read_link(name) == entry.target else "other"
+        size, mode = folder.stat(name)
+        if size != entry.size or mode != entry.mode:
+            return "other"
+        whole, done = Hasher(), 0
+        with folder.open_file(name) as file:
+            while done < size:
+                piece = file.read(done, _PIECE)
+                if not piece:
+                    break
+                whole.update(piece)
+                done += len(piece)
+        return "same" if whole.id() == entry.digest else "other"

@@ -1,0 +1,943 @@
+"""Tree objects -> stored nodes -> Python values.
+
+`load` decodes a tree, or the part a selection touches, into `Stored` nodes without reading any chunk.
+`Filler` gathers what has to be read and reads it in one call. Trees are not trusted: whatever a
+commit would not write is a CorruptionError, before memory is allocated for it.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from ckptvcs import canonical
+from ckptvcs.canonical import NotCanonicalError, Tagged
+from ckptvcs.errors import CorruptionError, InvalidError
+from ckptvcs.ids import Kind, ObjectId
+from ckptvcs.state import codes, paths, torch_tensors, values
+from ckptvcs.state.interface import ObjectReader
+from ckptvcs.state.paths import Selection
+from ckptvcs.state.tensors import (
+    MAX_BYTES,
+    MAX_DIMENSIONS,
+    SHARED_NAMES,
+    Alias,
+    Place,
+    Raw,
+    Spec,
+    arrange,
+    bytes_of,
+    c_strides,
+    check_layout,
+    item_size,
+    numpy_dtype,
+    ordered_strides,
+    raw_dtype,
+    restore_numpy,
+    restore_scalar,
+    swap,
+)
+from ckptvcs.store.format import unpack_object
+
+MAX_NODES: Final = 1 << 26
+"""Values in one state. Trees share subtrees, so a small damaged or hostile one could unfold without end."""
+
+
+# -- what is stored -------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Stored:
+    """A value in a tree.
+
+    Attributes:
+        kind: the word for it: "int", "tensor", "dict"...
+    """
+
+    kind: str
+
+
+@dataclass(slots=True)
+class StoredLeaf(Stored):
+    """A value that is read already."""
+
+    value: Any
+    nbytes: int = 0
+
+
+@dataclass(slots=True)
+class StoredTorch(Stored):
+    """A torch.Size, dtype or device: made when it is wanted, since that takes torch."""
+
+    code: int
+    plain: Any
+
+
+@dataclass(slots=True)
+class Content:
+    """Where bytes are: inline, in chunks, or in the chunks of a chunk list. `cells` counts chunks."""
+
+    nbytes: int
+    inline: bytes | None = None
+    chunks: tuple[ObjectId, ...] | None = None
+    chunk_list: ObjectId | None = None
+    cells: int | None = 0
+
+
+@dataclass(slots=True)
+class StoredTensor(Stored):
+    """A dense tensor. `result` is set once it has been read."""
+
+    spec: Spec
+    order: list[int] | None
+    alias: Alias | None
+    content: Content
+    result: Any = None
+
+
+@dataclass(slots=True)
+class StoredBlob(Stored):
+    """Long text or bytes. `result` is set once it has been read."""
+
+    content: Content
+    result: Any = None
+
+
+@dataclass(slots=True)
+class StoredFile(Stored):
+    """A file. `content.chunks` follow each other; a splitter other than 0 made them of any length."""
+
+    size: int
+    mode: int
+    digest: bytes
+    splitter: int
+    content: Content
+
+
+@dataclass(slots=True)
+class StoredLink(Stored):
+    """A symbolic link."""
+
+    target: str
+
+
+@dataclass(slots=True)
+class Branch(Stored):
+    """A container. `make(keys, values)` builds the value from any part of its children."""
+
+    keys: list[Any]
+    children: list[Stored]
+    make: Callable[[list[Any], list[Any]], Any]
+
+
+@dataclass(slots=True)
+class Compound(Branch):
+    """A sparse or quantised tensor or a generator: one value to people, several tensors in the tree."""
+
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class _Object:
+    """A tree object being decoded, and the trees it refers to that have been fetched."""
+
+    where: str
+    references: list[tuple[Kind, ObjectId]]
+    body: Any
+    fetched: dict[ObjectId, bytes] = field(default_factory=dict)
+
+    def reference(self, position: object, kind: Kind) -> ObjectId:
+        if type(position) is not int or not 0 <= position < len(self.references):
+            raise CorruptionError(f"{self.where}: a reference outside the table")
+        found, id = self.references[position]
+        if found is not kind:
+            raise CorruptionError(f"{self.where}: a {found.label} where a {kind.label} belongs")
+        return id
+
+
+# -- decoding -------------------------------------------------------------------------------------
+
+
+def _decode(data: bytes | memoryview, where: str) -> Any:
+    try:
+        return canonical.decode(data)
+    except NotCanonicalError as error:
+        raise CorruptionError(f"{where}: {error}") from None
+
+
+_PLAIN: Final = {
+    type(None): "none",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    str: "str",
+    bytes: "bytes",
+}
+
+
+class Loader:
+    """Decodes trees."""
+
+    def __init__(self, reader: ObjectReader) -> None:
+        self._reader = reader
+        self._grid = reader.grid
+        self._count = 0
+
+    def root(self, tree: ObjectId) -> tuple[_Object, dict[str, Any]]:
+        """The root object and its parts ("state", "files"), undecoded."""
+        opened = self._open(tree, self._reader.objects(Kind.TREE, [tree])[0])
+        body = opened.body
+        if type(body) is not Tagged or body.code != codes.ROOT:
+            raise CorruptionError(f"{opened.where}: not the root of a tree")
+        parts = _decode(body.payload, opened.where)
+        if type(parts) is not dict or not parts.keys() <= {"state", "files"}:
+            raise CorruptionError(f"{opened.where}: a root with unknown parts")
+        return opened, parts
+
+    # -- objects ----------------------------------------------------------------------------------
+
+    def _open(self, id: ObjectId, payload: bytes) -> _Object:
+        where = f"tree {id.short}"
+        references, body = unpack_object(payload, where)
+        return _Object(where, references, _decode(bytes(body), where))
+
+    def _child(self, parent: _Object, position: object, ahead: bool) -> _Object:
+        id = parent.reference(position, Kind.TREE)
+        if id not in parent.fetched:
+            wanted = [id]
+            if ahead:  # everything is wanted: ask once for all trees that this object names
+                wanted = [each for kind, each in parent.references if kind is Kind.TREE]
+            parent.fetched = dict(zip(wanted, self._reader.objects(Kind.TREE, wanted), strict=True))
+        return self._open(id, parent.fetched[id])
+
+    def _pages(
+        self, value: Any, opened: _Object, kind: type, code: int, ahead: bool
+    ) -> Iterator[tuple[Any, _Object]]:
+        """The list or dict values, each with its object, that together are one container."""
+        if type(value) is Tagged and value.code == codes.SUBTREE:
+            opened = self._child(opened, _decode(value.payload, opened.where), ahead)
+            value = opened.body
+        yield from self._unpage(value, opened, kind, code, None)
+
+    def _unpage(
+        self, value: Any, opened: _Object, kind: type, code: int, level: int | None
+    ) -> Iterator[tuple[Any, _Object]]:
+        if type(value) is kind and not level:
+            yield value, opened
+            return
+        if type(value) is not Tagged or value.code != code or level == 0:
+            raise CorruptionError(f"{opened.where}: a {kind.__name__} was expected")
+        found, positions = self._fields(value, opened, 2)
+        if (
+            type(found) is not int
+            or not 0 <= found <= codes.MAX_LEVEL
+            or (level is not None and found != level - 1)
+            or type(positions) is not list
+        ):
+            raise CorruptionError(f"{opened.where}: impossible pages")
+        for position in positions:
+            page = self._child(opened, position, True)
+            if found == 0:
+                if type(page.body) is not kind:
+                    raise CorruptionError(f"{page.where}: a page of a {kind.__name__} was expected")
+                yield page.body, page
+            else:
+                yield from self._unpage(page.body, page, kind, code, found)
+
+    def _fields(self, value: Tagged, opened: _Object, count: int) -> list[Any]:
+        fields = _decode(value.payload, opened.where)
+        if type(fields) is not list or len(fields) != count:
+            raise CorruptionError(f"{opened.where}: extension {value.code} has the wrong number of fields")
+        return fields
+
+    # -- nodes ------------------------------------------------------------------------------------
+
+    def node(self, value: Any, opened: _Object, selection: Selection, depth: int = 0) -> Stored:
+        """The stored value of a decoded node, or what `selection` touches of it."""
+        self._count += 1
+        if self._count > MAX_NODES or depth > 2 * codes.MAX_DEPTH + 8:
+            raise CorruptionError(f"{opened.where}: more values, or deeper, than any state")
+        word = _PLAIN.get(type(value))
+        if word is not None:
+            return StoredLeaf(word, value, 8 if word in ("int", "float") else len(canonical.encode(value)))
+        if type(value) is list:
+            return self._list("list", value, opened, selection, depth, lambda keys, found: found)
+        if type(value) is dict:
+            return self._map("dict", value, opened, selection, depth, _make_dict)
+        if type(value) is Tagged:
+            decoder = _DECODERS.get(value.code)
+            if decoder is not None:
+                return decoder(self, value, opened, selection, depth)
+            word = values.kind_of(value.code)
+            if word is not None:
+                found = values.restore(value.code, self._payload(value, opened))
+                return StoredLeaf(word, found, len(value.payload))
+        raise CorruptionError(f"{opened.where}: an unknown kind of value")
+
+    def _payload(self, value: Tagged, opened: _Object) -> Any:
+        return _decode(value.payload, opened.where)
+
+    def _list(
+        self,
+        word: str,
+        value: Any,
+        opened: _Object,
+        selection: Selection,
+        depth: int,
+        make: Callable[[list[Any], list[Any]], Any],
+        names: Sequence[str] | None = None,
+    ) -> Branch:
+        keys: list[Any] = []
+        children = []
+        at = 0
+        for page, home in self._pages(value, opened, list, codes.LIST_PAGES, selection.whole):
+            for item in page:
+                key: Any = at
+                if names is not None:
+                    if at >= len(names):
+                        raise CorruptionError(f"{home.where}: more values than fields")
+                    key = names[at]
+                at += 1
+                below = selection.step(key)
+                if below is not None:
+                    child = self.node(item, home, below, depth + 1)
+                    if _wanted(child, below):
+                        keys.append(key)
+                        children.append(child)
+        if names is not None and at != len(names):
+            raise CorruptionError(f"{opened.where}: fewer values than fields")
+        return Branch(word, keys, children, make)
+
+    def _map(
+        self,
+        word: str,
+        value: Any,
+        opened: _Object,
+        selection: Selection,
+        depth: int,
+        make: Callable[[list[Any], list[Any]], Any],
+    ) -> Branch:
+        keys, children = [], []
+        seen: set[Any] = set()
+        for page, home in self._pages(value, opened, dict, codes.MAP_PAGES, selection.whole):
+            for raw, item in page.items():
+                key = raw if type(raw) is str else self._key(raw, home)
+                if key in seen:
+                    raise CorruptionError(f"{home.where}: a key that appears twice")
+                seen.add(key)
+                below = selection.step(key)
+                if below is not None:
+                    child = self.node(item, home, below, depth + 1)
+                    if _wanted(child, below):
+                        keys.append(key)
+                        children.append(child)
+        return Branch(word, keys, children, make)
+
+    def _key(self, raw: Any, opened: _Object) -> Any:
+        key = plain_value(self.node(raw, opened, paths.EVERYTHING))
+        try:
+            hash(key)
+        except TypeError:
+            raise CorruptionError(f"{opened.where}: a {type(key).__name__} as a key") from None
+        return key
+
+    # -- tagged nodes -----------------------------------------------------------------------------
+
+    def _subtree(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        child = self._child(opened, self._payload(value, opened), selection.whole)
+        body = child.body
+        if type(body) is dict or (type(body) is Tagged and body.code == codes.MAP_PAGES):
+            return self._map("dict", body, child, selection, depth, _make_dict)
+        if type(body) is list or (type(body) is Tagged and body.code == codes.LIST_PAGES):
+            return self._list("list", body, child, selection, depth, lambda keys, found: found)
+        raise CorruptionError(f"{child.where}: a subtree that is no container")
+
+    def _tuple(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        inner = self._payload(value, opened)
+        return self._list("tuple", inner, opened, selection, depth, lambda keys, found: tuple(found))
+
+    def _namedtuple(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        name, fields, inner = self._fields(value, opened, 3)
+        if type(name) is not str or type(fields) is not list or not all(type(f) is str for f in fields):
+            raise CorruptionError(f"{opened.where}: a named tuple without names")
+        kind = values.namedtuple_class(name, tuple(fields))
+
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            # A part of a named tuple cannot be one.
+            return kind(*found) if keys == fields else dict(zip(keys, found, strict=True))
+
+        return self._list("namedtuple", inner, opened, selection, depth, make, fields)
+
+    def _set(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        kind: type = set if value.code == codes.SET else frozenset
+        items = []
+        last = None
+        inner = self._payload(value, opened)
+        for page, home in self._pages(inner, opened, list, codes.LIST_PAGES, True):
+            for raw in page:
+                encoded = canonical.encode(raw)
+                if last is not None and encoded <= last:
+                    raise CorruptionError(f"{home.where}: a set out of order")
+                last = encoded
+                items.append(self._key(raw, home))
+        found = kind(items)
+        if len(found) != len(items):
+            raise CorruptionError(f"{opened.where}: a set with an element twice")
+        return StoredLeaf(kind.__name__, found, len(value.payload))
+
+    def _ordered(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        parts = self._payload(value, opened)
+        if type(parts) is not list or len(parts) not in (1, 2):
+            raise CorruptionError(f"{opened.where}: an OrderedDict has the wrong number of fields")
+        metadata = [plain_value(self.node(part, opened, paths.EVERYTHING, depth + 1)) for part in parts[1:]]
+
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            made = collections.OrderedDict(zip(keys, found, strict=True))
+            for each in metadata:
+                made._metadata = each  # type: ignore[attr-defined]
+            return made
+
+        return self._map("OrderedDict", parts[0], opened, selection, depth, make)
+
+    def _defaultdict(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        name, inner = self._fields(value, opened, 2)
+        if name is not None and (type(name) is not str or name not in values.FACTORIES):
+            raise CorruptionError(f"{opened.where}: a defaultdict with an unknown factory")
+        factory = None if name is None else values.FACTORIES[name]
+
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            return collections.defaultdict(factory, zip(keys, found, strict=True))
+
+        return self._map("defaultdict", inner, opened, selection, depth, make)
+
+    def _deque(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        limit, inner = self._fields(value, opened, 2)
+        if limit is not None and (type(limit) is not int or not 0 <= limit < 1 << 62):
+            raise CorruptionError(f"{opened.where}: a deque of impossible length")
+
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            return collections.deque(found, limit)
+
+        branch = self._list("deque", inner, opened, selection, depth, make)
+        if limit is not None and len(branch.keys) > limit:
+            raise CorruptionError(f"{opened.where}: a deque longer than its limit")
+        return branch
+
+    def _bytearray(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        data = self._payload(value, opened)
+        if type(data) is not bytes:
+            raise CorruptionError(f"{opened.where}: a bytearray without bytes")
+        # Mutable, so each reading makes its own.
+        return Branch("bytearray", [], [], lambda keys, found: bytearray(data))
+
+    def _slice(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        parts = [self._key(part, opened) for part in self._fields(value, opened, 3)]
+        return StoredLeaf("slice", slice(*parts), len(value.payload))
+
+    def _namespace(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        kind, word = values.NAMESPACES[value.code]
+
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            return values.make_namespace(kind, dict(zip(keys, found, strict=True)))
+
+        return self._attributes(
+            self._map(word, self._payload(value, opened), opened, selection, depth + 1, make), opened
+        )
+
+    def _attributes(self, branch: Branch, opened: _Object) -> Branch:
+        if not all(type(key) is str for key in branch.keys):
+            raise CorruptionError(f"{opened.where}: an attribute whose name is no text")
+        return branch
+
+    def _enum(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        name, member, inner = self._fields(value, opened, 3)
+        if type(name) is not str or not (member is None or type(member) is str):
+            raise CorruptionError(f"{opened.where}: an enum member without a name")
+        found = plain_value(self.node(inner, opened, paths.EVERYTHING, depth + 1))
+        return StoredLeaf("enum", values.EnumValue(name, member, found), len(value.payload))
+
+    def _dataclass(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        name, inner = self._fields(value, opened, 2)
+        if type(name) is not str:
+            raise CorruptionError(f"{opened.where}: a dataclass without a name")
+
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            return values.DataclassValue(name, dict(zip(keys, found, strict=True)))
+
+        return self._attributes(self._map("dataclass", inner, opened, selection, depth + 1, make), opened)
+
+    def _scalar(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        name, data = self._fields(value, opened, 2)
+        if type(name) is not str or type(data) is not bytes:
+            raise CorruptionError(f"{opened.where}: a numpy scalar without dtype or bytes")
+        return StoredLeaf(name, restore_scalar(name, data), len(data))
+
+    def _dtype(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        name, flags = self._fields(value, opened, 2)
+        if type(name) is not str or flags not in (0, codes.BIG_ENDIAN):
+            raise CorruptionError(f"{opened.where}: a dtype without a name")
+        found = numpy_dtype(name)
+        return StoredLeaf("dtype", found.newbyteorder(">") if flags else found, len(name))
+
+    def _torch_leaf(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        plain = self._payload(value, opened)
+        if value.code == codes.TORCH_SIZE:
+            self._shape(plain, opened)
+        elif type(plain) is not str:
+            raise CorruptionError(f"{opened.where}: a torch value without a name")
+        words = {codes.TORCH_SIZE: "size", codes.TORCH_DTYPE: "dtype", codes.TORCH_DEVICE: "device"}
+        return StoredTorch(words[value.code], value.code, plain)
+
+    # -- tensors ----------------------------------------------------------------------------------
+
+    def _shape(self, value: Any, opened: _Object) -> tuple[int, ...]:
+        if (
+            type(value) is not list
+            or len(value) > MAX_DIMENSIONS
+            or not all(type(length) is int and 0 <= length < MAX_BYTES for length in value)
+            or math.prod(length for length in value if length) > MAX_BYTES
+        ):
+            raise CorruptionError(f"{opened.where}: an impossible shape")
+        return tuple(value)
+
+    def _content(self, value: Any, nbytes: int, opened: _Object, gridded: bool = True) -> Content:
+        cells = -(-nbytes // self._grid.chunk) if gridded else None
+        if type(value) is bytes:
+            if len(value) != nbytes or nbytes > self._grid.inline:
+                raise CorruptionError(f"{opened.where}: {len(value)} bytes kept inline of {nbytes}")
+            return Content(nbytes, inline=value)
+        if nbytes <= self._grid.inline:
+            raise CorruptionError(f"{opened.where}: {nbytes} bytes that should be inline are not")
+        if type(value) is list and value:
+            chunks = tuple(opened.reference(position, Kind.CHUNK) for position in value)
+            if (cells is not None and len(chunks) != cells) or len(chunks) > self._grid.chunk_list:
+                raise CorruptionError(f"{opened.where}: {len(chunks)} chunks for {nbytes} bytes")
+            return Content(nbytes, chunks=chunks, cells=len(chunks))
+        if type(value) is dict and value.keys() == {"list"}:
+            if cells is not None and cells <= self._grid.chunk_list:
+                raise CorruptionError(f"{opened.where}: a chunk list for {nbytes} bytes")
+            id = opened.reference(value["list"], Kind.CHUNK_LIST)
+            return Content(nbytes, chunk_list=id, cells=cells)
+        raise CorruptionError(f"{opened.where}: content of an unknown form")
+
+    def _tensor(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        framework, name, lengths, flags, layout, data = self._fields(value, opened, 6)
+        if type(framework) is not str or type(name) is not str:
+            raise CorruptionError(f"{opened.where}: a tensor without a dtype")
+        shape = self._shape(lengths, opened)
+        allowed = (0, codes.BIG_ENDIAN) if framework == "numpy" else _TORCH_FLAGS
+        if type(flags) is not int or flags not in allowed:
+            raise CorruptionError(f"{opened.where}: a tensor with impossible flags")
+        spec = Spec(framework, name, shape, flags, item_size(framework, name))
+        if spec.nbytes > MAX_BYTES:
+            raise CorruptionError(f"{opened.where}: an impossible shape")
+        order, alias = self._layout(layout, opened)
+        check_layout(spec, order, alias)
+        return StoredTensor("tensor", spec, order, alias, self._content(data, spec.nbytes, opened))
+
+    def _layout(self, layout: Any, opened: _Object) -> tuple[list[int] | None, Alias | None]:
+        if layout is None:
+            return None, None
+        if _integers(layout):
+            return layout, None
+        if type(layout) is dict and layout.keys() == {"alias"}:
+            place = layout["alias"]
+            if (
+                type(place) is list
+                and len(place) == 3
+                and _integers(place[:2])
+                and (place[2] is None or _integers(place[2]))
+            ):
+                strides = None if place[2] is None else tuple(place[2])
+                return None, Alias(place[0], place[1], strides)
+        raise CorruptionError(f"{opened.where}: a tensor with an impossible layout")
+
+    def _blob(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        word, nbytes, data = self._fields(value, opened, 3)
+        known = word in ("str", "bytes", "bytearray")
+        if not known or type(nbytes) is not int or not 0 <= nbytes < MAX_BYTES:
+            raise CorruptionError(f"{opened.where}: an impossible blob")
+        return StoredBlob(word, self._content(data, nbytes, opened))
+
+    def _parts(self, value: Any, opened: _Object, depth: int) -> Branch:
+        branch = self._map("dict", value, opened, paths.EVERYTHING, depth + 1, _make_dict)
+        for child in branch.children:
+            plain = isinstance(child, StoredLeaf) and type(child.value) in (int, float)
+            if not plain and not (isinstance(child, StoredTensor) and child.spec.framework == "torch"):
+                raise CorruptionError(f"{opened.where}: a tensor made of something else than tensors")
+        return branch
+
+    def _sparse(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        layout, lengths, flags, inner = self._fields(value, opened, 4)
+        shape = self._shape(lengths, opened)
+        if type(layout) is not str or type(flags) is not int:
+            raise CorruptionError(f"{opened.where}: an impossible sparse tensor")
+        parts = self._parts(inner, opened, depth)
+
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            return torch_tensors.restore_sparse(layout, shape, flags, dict(zip(keys, found, strict=True)))
+
+        names = [c.spec.dtype for k, c in zip(parts.keys, parts.children, strict=True)
+                 if k == "values" and isinstance(c, StoredTensor)]  # fmt: skip
+        return Compound("sparse", parts.keys, parts.children, make, "".join(names), shape)
+
+    def _quantized(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        name, scheme, flags, axis, inner = self._fields(value, opened, 5)
+        if (
+            type(name) is not str
+            or type(scheme) is not str
+            or type(flags) is not int
+            or not (axis is None or type(axis) is int)
+        ):
+            raise CorruptionError(f"{opened.where}: an impossible quantised tensor")
+        parts = self._parts(inner, opened, depth)
+
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            return torch_tensors.restore_quantized(
+                name, scheme, flags, axis, dict(zip(keys, found, strict=True))
+            )
+
+        shapes = [c.spec.shape for k, c in zip(parts.keys, parts.children, strict=True)
+                  if k == "integers" and isinstance(c, StoredTensor)]  # fmt: skip
+        return Compound("quantized", parts.keys, parts.children, make, name, shapes[0] if shapes else ())
+
+    def _generator(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        device, inner = self._fields(value, opened, 2)
+        if type(device) is not str or type(inner) is not Tagged or inner.code != codes.TENSOR:
+            raise CorruptionError(f"{opened.where}: an impossible generator")
+        state = self._tensor(inner, opened, paths.EVERYTHING, depth + 1)
+
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            return torch_tensors.restore_generator(device, found[0])
+
+        return Compound("generator", ["state"], [state], make)
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def _file(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        size, mode, digest, splitter, data = self._fields(value, opened, 5)
+        if (
+            not _integers([size, mode, splitter])
+            or not 0 <= size < MAX_BYTES
+            or not 0 <= mode < 1 << 16
+            or splitter < 0
+            or type(digest) is not bytes
+            or len(digest) != 32
+        ):
+            raise CorruptionError(f"{opened.where}: an impossible file")
+        content = self._content(data, size, opened, gridded=splitter == 0)
+        return StoredFile("file", size, mode, digest, splitter, content)
+
+    def _link(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        target = self._payload(value, opened)
+        if type(target) is not str:
+            raise CorruptionError(f"{opened.where}: a link without a target")
+        return StoredLink("link", target)
+
+
+_TORCH_FLAGS: Final = (
+    0,
+    codes.REQUIRES_GRAD,
+    codes.PARAMETER,
+    codes.REQUIRES_GRAD | codes.PARAMETER,
+)
+
+_Decoder: TypeAlias = Callable[[Loader, Tagged, _Object, Selection, int], Stored]
+
+_DECODERS: Final[dict[int, _Decoder]] = {
+    codes.TUPLE: Loader._tuple,
+    codes.NAMEDTUPLE: Loader._namedtuple,
+    codes.SET: Loader._set,
+    codes.FROZENSET: Loader._set,
+    codes.ORDERED_DICT: Loader._ordered,
+    codes.DEFAULT_DICT: Loader._defaultdict,
+    codes.DEQUE: Loader._deque,
+    codes.BYTEARRAY: Loader._bytearray,
+    codes.BLOB: Loader._blob,
+    codes.NAMESPACE: Loader._namespace,
+    codes.SIMPLE_NAMESPACE: Loader._namespace,
+    codes.ENUM: Loader._enum,
+    codes.DATACLASS: Loader._dataclass,
+    codes.SLICE: Loader._slice,
+    codes.NUMPY_SCALAR: Loader._scalar,
+    codes.NUMPY_DTYPE: Loader._dtype,
+    codes.TENSOR: Loader._tensor,
+    codes.SPARSE: Loader._sparse,
+    codes.QUANTIZED: Loader._quantized,
+    codes.TORCH_SIZE: Loader._torch_leaf,
+    codes.TORCH_DTYPE: Loader._torch_leaf,
+    codes.TORCH_DEVICE: Loader._torch_leaf,
+    codes.TORCH_GENERATOR: Loader._generator,
+    codes.SUBTREE: Loader._subtree,
+    codes.FILE: Loader._file,
+    codes.LINK: Loader._link,
+}
+
+
+def _integers(value: Any) -> bool:
+    return type(value) is list and all(type(item) is int for item in value)
+
+
+def _make_dict(keys: list[Any], found: list[Any]) -> dict[Any, Any]:
+    return dict(zip(keys, found, strict=True))
+
+
+def _wanted(child: Stored, selection: Selection) -> bool:
+    """Whether something of `child` is selected; a container on the way to nothing is not."""
+    if selection.whole:
+        return True
+    return isinstance(child, Branch) and not isinstance(child, Compound) and bool(child.children)
+
+
+def plain_value(stored: Stored) -> Any:
+    """The value of a node that may hold no tensors: a key, metadata. CorruptionError if it does."""
+    if isinstance(stored, StoredLeaf):
+        return stored.value
+    if isinstance(stored, StoredTorch):
+        return _torch_value(stored, None)
+    if isinstance(stored, Branch) and not isinstance(stored, Compound):
+        return stored.make(stored.keys, [plain_value(child) for child in stored.children])
+    raise CorruptionError(f"a {stored.kind} where only plain values can be")
+
+
+def _torch_value(stored: StoredTorch, framework: str | None) -> Any:
+    if framework == "numpy":
+        return tuple(stored.plain) if stored.code == codes.TORCH_SIZE else stored.plain
+    if stored.code == codes.TORCH_SIZE:
+        return torch_tensors.require().Size(stored.plain)
+    if stored.code == codes.TORCH_DTYPE:
+        return torch_tensors.dtype(stored.plain)
+    return torch_tensors.device(stored.plain)
+
+
+# -- reading content ------------------------------------------------------------------------------
+
+
+class Filler:
+    """Collects what is to be read, then reads it in one call."""
+
+    def __init__(self, reader: ObjectReader) -> None:
+        self._reader = reader
+        self._wanted: list[tuple[Content, memoryview]] = []
+        self._after: list[Callable[[], None]] = []
+
+    def add(self, content: Content, raw: Raw, swapped: int = 0) -> None:
+        """Have `raw` (raw elements, any strides) hold these bytes after `run`."""
+        if not content.nbytes:
+            return
+        if raw.flags.c_contiguous and not swapped:
+            self.add_flat(content, bytes_of(raw))
+            return
+        scratch: Raw = np.empty(raw.shape, raw.dtype)
+        flat = bytes_of(scratch)
+        self.add_flat(content, flat)
+
+        def place() -> None:
+            if swapped:
+                swap(flat, swapped)
+            raw[...] = scratch
+
+        self._after.append(place)
+
+    def add_flat(self, content: Content, memory: memoryview) -> None:
+        """Have flat memory hold these bytes after `run`."""
+        self._wanted.append((content, memory))
+
+    def run(self) -> None:
+        """Read everything."""
+        lists = list({c.chunk_list: None for c, _ in self._wanted if c.chunk_list is not None})
+        chunks: dict[ObjectId, tuple[ObjectId, ...]] = {}
+        if lists:
+            payloads = self._reader.objects(Kind.CHUNK_LIST, lists)
+            for id, payload in zip(lists, payloads, strict=True):
+                chunks[id] = parse_chunk_list(id, payload)
+        requests: list[tuple[Sequence[ObjectId], memoryview]] = []
+        for content, memory in self._wanted:
+            if content.inline is not None:
+                memory[:] = content.inline
+                continue
+            ids = content.chunks if content.chunk_list is None else chunks[content.chunk_list]
+            assert ids is not None
+            if content.cells is not None and len(ids) != content.cells:
+                raise CorruptionError(f"a chunk list of {len(ids)} chunks, where {content.cells} are needed")
+            requests.append((ids, memory))
+        if requests:
+            self._reader.read_into(requests)
+        for step in self._after:
+            step()
+        self._wanted, self._after = [], []
+
+
+def parse_chunk_list(id: ObjectId, payload: bytes) -> tuple[ObjectId, ...]:
+    """The chunk ids of a chunk list object."""
+    where = f"chunk list {id.short}"
+    references, body = unpack_object(payload, where)
+    if len(body) or not all(kind is Kind.CHUNK for kind, _ in references):
+        raise CorruptionError(f"{where}: more than chunks")
+    return tuple(each for _, each in references)
+
+
+# -- values ---------------------------------------------------------------------------------------
+
+Devices: TypeAlias = Any
+"""None, a device, or a mapping of path pattern to device."""
+
+
+class Materialiser:
+    """Turns stored nodes into values, reading all content in one call.
+
+    Attributes:
+        filler: takes further memory to be filled in the same call.
+    """
+
+    def __init__(self, reader: ObjectReader, framework: str | None = None, device: Devices = None) -> None:
+        if framework not in (None, "numpy", "torch"):
+            raise InvalidError(f"unknown framework {framework!r}", hint='"numpy", "torch" or None')
+        self._framework = framework
+        self._device = device
+        self.filler = Filler(reader)
+        self._tensors: list[tuple[str, StoredTensor, Spec]] = []
+        self._blobs: list[StoredBlob] = []
+        self._finish: list[Callable[[], None]] = []
+
+    def values(self, nodes: Sequence[tuple[str, Stored]]) -> list[Any]:
+        """The value of each (path, node)."""
+        for path, node in nodes:
+            self._collect(path, node)
+        # Checked above; memory is allocated from here on.
+        self._allocate()
+        memories = [bytearray(blob.content.nbytes) for blob in self._blobs]
+        for blob, memory in zip(self._blobs, memories, strict=True):
+            self.filler.add_flat(blob.content, memoryview(memory))
+        self.filler.run()
+        for finish in self._finish:
+            finish()
+        for blob, memory in zip(self._blobs, memories, strict=True):
+            blob.result = _blob_value(blob.kind, memory)
+        return [self._make(node) for _, node in nodes]
+
+    def _collect(self, path: str, node: Stored) -> None:
+        if isinstance(node, StoredTensor):
+            self._tensors.append((path, node, self._target(path, node.spec)))
+        elif isinstance(node, StoredBlob):
+            self._blobs.append(node)
+        elif isinstance(node, Branch):
+            if isinstance(node, Compound) and node.kind != "generator" and self._framework == "numpy":
+                raise InvalidError(f"{path}: a {node.kind} torch tensor has no numpy form")
+            for key, child in zip(node.keys, node.children, strict=True):
+                self._collect(paths.join(path, paths.name(key)), child)
+
+    def _target(self, path: str, spec: Spec) -> Spec:
+        framework = self._framework or spec.framework
+        if framework == "torch":
+            torch_tensors.require()
+        if framework == spec.framework:
+            return spec
+        if spec.dtype not in SHARED_NAMES:
+            raise InvalidError(f"{path}: dtype {spec.dtype} has no counterpart in {framework}")
+        return Spec(framework, spec.dtype, spec.shape, 0, spec.item)
+
+    def _device_of(self, path: str) -> Any:
+        if not isinstance(self._device, Mapping):
+            return self._device
+        for pattern, device in self._device.items():
+            if paths.matches(pattern, path):
+                return device
+        return None
+
+    def _allocate(self) -> None:
+        groups: dict[tuple[str, int, str], list[int]] = {}
+        for at, (path, node, spec) in enumerate(self._tensors):
+            device = self._device_of(path) if spec.framework == "torch" else None
+            if node.alias is None:
+                self._own(node, spec, device)
+            else:
+                groups.setdefault((node.spec.framework, node.alias.group, str(device)), []).append(at)
+        for members in groups.values():
+            path, _, spec = self._tensors[members[0]]
+            device = self._device_of(path) if spec.framework == "torch" else None
+            places = []
+            for at in members:
+                _, node, target = self._tensors[at]
+                assert node.alias is not None
+                places.append((target, node.alias))
+            arranged = arrange(places, shift=spec.framework == "torch")
+            if arranged is None:
+                for at in members:
+                    self._own(self._tensors[at][1], self._tensors[at][2], device)
+                continue
+            extent, found = arranged
+            self._buffer(
+                extent,
+                [(*self._tensors[at][1:], place) for at, place in zip(members, found, strict=True)],
+                device,
+            )
+
+    def _own(self, node: StoredTensor, spec: Spec, device: Any) -> None:
+        if node.order is None:
+            strides = c_strides(spec.shape, spec.item)
+        else:
+            strides = ordered_strides(spec.shape, spec.item, node.order)
+        self._buffer(spec.nbytes, [(node, spec, Place(0, strides))], device)
+
+    def _buffer(self, nbytes: int, members: list[tuple[StoredTensor, Spec, Place]], device: Any) -> None:
+        """Memory for tensors that live together, to be filled and then made into tensors."""
+        torch = members[0][1].framework == "torch"
+        base: Any = None
+        try:
+            if torch:
+                base, memory = torch_tensors.allocate(nbytes)
+            elif len(members) == 1:
+                memory = np.empty(nbytes, np.uint8)
+            else:
+                memory = np.zeros(nbytes, np.uint8)  # bytes that no view shows
+        except RuntimeError as error:  # torch's way to say so
+            raise MemoryError(str(error)) from None
+        seen = set()
+        for node, spec, place in members:
+            if spec.nbytes and (place, spec.shape, spec.item, node.spec.swap) not in seen:
+                seen.add((place, spec.shape, spec.item, node.spec.swap))
+                raw: Raw = np.ndarray(spec.shape, raw_dtype(spec.item), memory, place.offset, place.strides)
+                self.filler.add(node.content, raw, spec.swap)
+
+        def finish() -> None:
+            moved = base if base is None or device is None else base.to(device)
+            for node, spec, place in members:
+                if torch:
+                    node.result = torch_tensors.restore(moved, spec, place)
+                else:
+                    node.result = restore_numpy(memory, spec, place)
+
+        self._finish.append(finish)
+
+    def _make(self, node: Stored) -> Any:
+        if isinstance(node, StoredLeaf):
+            return node.value
+        if isinstance(node, (StoredTensor, StoredBlob)):
+            result, node.result = node.result, None
+            return result
+        if isinstance(node, StoredTorch):
+            return _torch_value(node, self._framework)
+        if isinstance(node, Branch):
+            found = [self._make(child) for child in node.children]
+            if isinstance(node, Compound) and node.kind == "generator" and self._framework == "numpy":
+                return found[0]
+            return node.make(node.keys, found)
+        raise CorruptionError(f"a {node.kind} within a state")
+
+
+def _blob_value(kind: str, memory: bytearray) -> Any:
+    if kind == "bytearray":
+        return memory
+    if kind == "bytes":
+        return bytes(memory)
+    try:
+        return memory.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        raise CorruptionError("a stored text is not UTF-8") from None

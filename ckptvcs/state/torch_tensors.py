@@ -1,0 +1,326 @@
+"""Torch tensors as raw memory, and back. The only module that knows torch.
+
+Torch is never imported before the caller did, except to make a torch tensor at checkout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from typing import Any, Final
+
+import numpy as np
+
+from ckptvcs.errors import CorruptionError, FormatError, InvalidError
+from ckptvcs.state import codes
+from ckptvcs.state.tensors import TORCH_SIZES, Place, Raw, Spec, raw_dtype
+
+_SPARSE: Final = {
+    "sparse_coo": ("indices", "values"),
+    "sparse_csr": ("crow_indices", "col_indices", "values"),
+    "sparse_csc": ("ccol_indices", "row_indices", "values"),
+    "sparse_bsr": ("crow_indices", "col_indices", "values"),
+    "sparse_bsc": ("ccol_indices", "row_indices", "values"),
+}
+_QUANTIZED: Final = ("qint8", "quint8", "qint32")
+_SCHEMES: Final = ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
+
+
+def loaded() -> Any:
+    """The torch module if the caller has imported it, else None."""
+    return sys.modules.get("torch")
+
+
+def require() -> Any:
+    """The torch module, imported now if need be. InvalidError if it is not installed."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise InvalidError(
+            "this state holds torch tensors and torch is not installed",
+            hint='checkout(..., framework="numpy") gives numpy arrays',
+        ) from None
+
+
+def is_tensor(value: object) -> bool:
+    """Whether `value` is a torch tensor of any kind."""
+    torch = loaded()
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def is_module(value: object) -> bool:
+    """Whether `value` is a torch.nn.Module."""
+    torch = loaded()
+    return torch is not None and isinstance(value, torch.nn.Module)
+
+
+def refuse_sharded(value: object) -> None:
+    """InvalidError for tensors and modules of which this process holds a part only."""
+    for kind in type(value).__mro__:
+        if kind.__name__ in ("DTensor", "ShardedTensor", "FullyShardedDataParallel", "FSDPModule") and (
+            kind.__module__.startswith("torch.distributed")
+        ):
+            raise InvalidError(
+                f"a {kind.__name__} is spread over several processes; a plain commit sees one part of it",
+                hint="commit it through torch.distributed.checkpoint (DCP)",
+            )
+
+
+def why_not(value: Any) -> str | None:
+    """Why a tensor cannot be stored, or None."""
+    torch = loaded()
+    refuse_sharded(value)
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return f"tensor subclass {type(value).__name__}; convert it to a plain tensor"
+    if value.device.type == "meta":
+        return "tensor on the meta device, which has no data"
+    layout = name_of(value.layout)
+    if value.is_quantized:
+        if name_of(value.dtype) not in _QUANTIZED or name_of(value.qscheme()) not in _SCHEMES:
+            return f"quantised tensor of dtype {value.dtype}; store its integers and parameters"
+    elif layout != "strided" and layout not in _SPARSE:
+        return f"tensor of layout {layout}"
+    elif name_of(value.dtype) not in TORCH_SIZES:
+        return f"tensor of dtype {value.dtype}, which this version does not know"
+    return None
+
+
+def name_of(thing: object) -> str:
+    """A dtype, layout or scheme by its name without "torch."."""
+    return str(thing).removeprefix("torch.")
+
+
+def flags_of(tensor: Any) -> int:
+    """The flags of a tensor."""
+    parameter = type(tensor) is not loaded().Tensor
+    return (codes.REQUIRES_GRAD if tensor.requires_grad else 0) | (codes.PARAMETER if parameter else 0)
+
+
+class Captures:
+    """The tensors of one commit as raw memory. Holds what it copied, so that memory is not reused."""
+
+    def __init__(self) -> None:
+        self._kept: list[Any] = []
+        self._host: dict[tuple[str, int], Any] = {}
+
+    def dense(self, tensor: Any) -> tuple[Spec, Raw]:
+        """A strided tensor and its memory. Memory on a device is copied once per storage."""
+        torch = loaded()
+        flags = flags_of(tensor)
+        plain = tensor.detach()
+        if plain.is_conj() or plain.is_neg():
+            plain = plain.resolve_conj().resolve_neg()
+        storage = plain.untyped_storage()
+        self._kept.append(plain)
+        flat = torch.empty(0, dtype=torch.uint8, device=plain.device).set_(storage)
+        if plain.device.type != "cpu":
+            key = (str(plain.device), storage.data_ptr())
+            flat = self._host.setdefault(key, flat.cpu() if key not in self._host else None)
+        item = plain.element_size()
+        spec = Spec("torch", name_of(plain.dtype), tuple(plain.shape), flags, item)
+        raw: Raw = np.ndarray(
+            spec.shape,
+            raw_dtype(item),
+            flat.numpy(),
+            plain.storage_offset() * item if plain.numel() else 0,
+            [step * item for step in plain.stride()] if plain.numel() else None,
+        )
+        return spec, raw
+
+
+def sparse(tensor: Any) -> tuple[str, int, dict[str, Any]] | None:
+    """(layout, flags, components) of a sparse tensor; None for any other."""
+    layout = name_of(tensor.layout)
+    if layout not in _SPARSE:
+        return None
+    flags = flags_of(tensor)
+    plain = tensor.detach()
+    if layout == "sparse_coo":
+        flags |= codes.COALESCED if plain.is_coalesced() else 0
+        return layout, flags, {"indices": plain._indices(), "values": plain._values()}
+    return layout, flags, {part: getattr(plain, part)() for part in _SPARSE[layout]}
+
+
+def quantized(tensor: Any) -> tuple[str, str, int, int | None, dict[str, Any]] | None:
+    """(dtype, scheme, flags, axis, components) of a quantised tensor; None for any other."""
+    if not tensor.is_quantized:
+        return None
+    plain = tensor.detach()
+    scheme = name_of(plain.qscheme())
+    parts = {"integers": plain.int_repr()}
+    axis = None
+    if scheme == "per_tensor_affine":
+        parts |= {"scale": plain.q_scale(), "zero_point": plain.q_zero_point()}
+    else:
+        axis = plain.q_per_channel_axis()
+        parts |= {"scale": plain.q_per_channel_scales(), "zero_point": plain.q_per_channel_zero_points()}
+    return name_of(plain.dtype), scheme, flags_of(tensor), axis, parts
+
+
+# -- back to torch --------------------------------------------------------------------------------
+
+
+def dtype(name: str) -> Any:
+    """The torch dtype of a stored name. FormatError if this torch lacks it."""
+    found = getattr(require(), name, None)
+    if not isinstance(found, require().dtype):
+        raise FormatError(f"this torch has no dtype {name!r}", hint='newer torch, or framework="numpy"')
+    return found
+
+
+def device(text: str) -> Any:
+    """The torch device a text names. CorruptionError if there can be none."""
+    try:
+        return require().device(text)
+    except RuntimeError:
+        raise CorruptionError(f"no torch device is called {text!r}") from None
+
+
+def allocate(nbytes: int) -> tuple[Any, Raw]:
+    """Fresh zeroed torch memory, and the same memory for numpy to fill."""
+    # Made by torch so that the storage can be resized and freed by torch later.
+    base = require().zeros(nbytes, dtype=require().uint8)
+    return base, base.numpy()
+
+
+def restore(base: Any, spec: Spec, place: Place) -> Any:
+    """The tensor of `spec` at `place` in a torch buffer of bytes."""
+    torch = require()
+    kind = dtype(spec.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # complex32 calls itself experimental
+        tensor = torch.empty(0, dtype=kind, device=base.device).set_(
+            base.untyped_storage(),
+            place.offset // spec.item,
+            spec.shape,
+            tuple(step // spec.item for step in place.strides),
+        )
+    return flagged(tensor, spec.flags)
+
+
+def flagged(tensor: Any, flags: int) -> Any:
+    """The tensor as a Parameter, or requiring gradients, as its flags say."""
+    torch = require()
+    grad = bool(flags & codes.REQUIRES_GRAD)
+    try:
+        if flags & codes.PARAMETER:
+            return torch.nn.Parameter(tensor, requires_grad=grad)
+        return tensor.requires_grad_() if grad else tensor
+    except RuntimeError as error:
+        raise CorruptionError(f"a stored tensor cannot require gradients: {error}") from None
+
+
+def restore_sparse(layout: str, shape: tuple[int, ...], flags: int, parts: dict[str, Any]) -> Any:
+    """The sparse tensor of these components. CorruptionError if they contradict each other."""
+    torch = require()
+    if layout not in _SPARSE or set(parts) != set(_SPARSE[layout]):
+        raise CorruptionError(f"a sparse tensor of unknown layout {layout!r}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # these layouts call themselves beta
+            if layout == "sparse_coo":
+                tensor = torch.sparse_coo_tensor(
+                    parts["indices"],
+                    parts["values"],
+                    shape,
+                    is_coalesced=bool(flags & codes.COALESCED),
+                    check_invariants=True,
+                )
+            else:
+                tensor = torch.sparse_compressed_tensor(
+                    *(parts[part] for part in _SPARSE[layout]),
+                    shape,
+                    layout=getattr(torch, layout),
+                    check_invariants=True,
+                )
+    except (RuntimeError, TypeError) as error:
+        raise CorruptionError(f"a stored sparse tensor is impossible: {error}") from None
+    return flagged(tensor, flags)
+
+
+def restore_quantized(name: str, scheme: str, flags: int, axis: int | None, parts: dict[str, Any]) -> Any:
+    """The quantised tensor of these components. CorruptionError if they contradict each other."""
+    torch = require()
+    if name not in _QUANTIZED or scheme not in _SCHEMES or set(parts) != {"integers", "scale", "zero_point"}:
+        raise CorruptionError(f"a quantised tensor of unknown scheme {scheme!r}")
+    try:
+        integers, scale, zero = parts["integers"], parts["scale"], parts["zero_point"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # deprecated upstream; stored ones stay readable
+            if scheme == "per_tensor_affine":
+                empty = torch._empty_affine_quantized(
+                    integers.shape, scale=scale, zero_point=zero, dtype=dtype(name)
+                )
+            else:
+                empty = torch._empty_per_channel_affine_quantized(
+                    integers.shape, scales=scale, zero_points=zero, axis=axis, dtype=dtype(name)
+                )
+            if empty.int_repr().dtype != integers.dtype:
+                raise CorruptionError("a quantised tensor's integers are of the wrong dtype")
+            # The memory is written as plain bytes: setting quantised values would round them again.
+            memory = torch.empty(0, dtype=integers.dtype).set_(
+                empty.untyped_storage(), 0, integers.shape, integers.contiguous().stride()
+            )
+            memory.copy_(integers)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise CorruptionError(f"a stored quantised tensor is impossible: {error}") from None
+    return flagged(empty, flags)
+
+
+# -- other torch values ---------------------------------------------------------------------------
+
+
+def leaf(value: Any) -> tuple[int, Any] | None:
+    """(code, payload value) of a torch.Size, dtype or device; None for anything else."""
+    torch = loaded()
+    if torch is None:
+        return None
+    if type(value) is torch.Size:
+        return codes.TORCH_SIZE, [int(length) for length in value]
+    if isinstance(value, torch.dtype):
+        return codes.TORCH_DTYPE, name_of(value)
+    if isinstance(value, torch.device):
+        return codes.TORCH_DEVICE, str(value)
+    return None
+
+
+def generator_state(value: object) -> tuple[str, Any] | None:
+    """(device, state tensor) of a torch.Generator; None for anything else."""
+    torch = loaded()
+    if torch is None or not isinstance(value, torch.Generator):
+        return None
+    return str(value.device), value.get_state()
+
+
+def restore_generator(device_text: str, state: Any) -> Any:
+    """A generator with this state. InvalidError if this machine lacks its device."""
+    try:
+        found = require().Generator(device=device(device_text))
+    except RuntimeError as error:
+        raise InvalidError(f"no random generator on {device_text}: {error}") from None
+    set_generator(found, state)
+    return found
+
+
+def set_generator(target: Any, state: Any) -> None:
+    """Give an existing generator this state."""
+    try:
+        target.set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise CorruptionError(f"torch does not take the generator's state: {error}") from None
+
+
+def as_target(tensor: Any) -> tuple[Spec, Raw] | None:
+    """A tensor's own memory, to be filled in place; None if that memory is not plain CPU memory."""
+    if tensor.device.type != "cpu" or name_of(tensor.layout) != "strided" or tensor.is_quantized:
+        return None
+    if tensor.is_conj() or tensor.is_neg() or name_of(tensor.dtype) not in TORCH_SIZES:
+        return None
+    return Captures().dense(tensor)
+
+
+def copy_into(target: Any, value: Any) -> None:
+    """Copy a tensor's values over another of the same shape, on whatever device."""
+    with require().no_grad():
+        target.copy_(value)

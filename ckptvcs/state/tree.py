@@ -1,0 +1,277 @@
+"""States and files <-> trees: what the rest of the program calls.
+
+`codes` describes the encoding, normatively; `build` turns Python values into nodes, `nodes` cuts them
+into objects, `read` does the reverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from ckptvcs.canonical import encode, encoded_map, encoded_tag
+from ckptvcs.errors import NotFoundError
+from ckptvcs.ids import Kind, ObjectId
+from ckptvcs.state import codes, paths
+from ckptvcs.state.build import Builder, FileContent, Folder, LinkContent
+from ckptvcs.state.interface import ObjectReader, ObjectWriter, Source
+from ckptvcs.state.nodes import Content, Context, Node, Trees
+from ckptvcs.state.read import (
+    Branch,
+    Compound,
+    Devices,
+    Loader,
+    Materialiser,
+    Stored,
+    StoredBlob,
+    StoredFile,
+    StoredLeaf,
+    StoredLink,
+    StoredTensor,
+    StoredTorch,
+)
+
+__all__ = [
+    "ABSENT",
+    "Entry",
+    "FileContent",
+    "Folder",
+    "LinkContent",
+    "Parts",
+    "StoredFile",
+    "StoredLink",
+    "Written",
+    "entries",
+    "files",
+    "load",
+    "parts",
+    "read",
+    "write",
+]
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT: Final = _Absent()
+"""Says that a tree has no state at all (None is a state)."""
+
+
+class Written(NamedTuple):
+    """What `write` made.
+
+    Attributes:
+        tree: id of the root tree.
+        sizes: logical bytes by component: the name of a top-level entry, or "" for what lies in none.
+    """
+
+    tree: ObjectId
+    sizes: dict[str, int]
+
+
+def write(writer: ObjectWriter, state: Any = ABSENT, files: Folder | None = None) -> Written:
+    """Store a state, files, or both, as one tree.
+
+    The state's memory is read while this runs and must not change. Up to
+    `build.MAX_COMPONENTS` top-level entries are a component each; of a longer dict only those that
+    are containers, and the rest share the component "". A state that is no dict is one component "".
+
+    Raises:
+        UnsupportedStateError: lists all leaves that cannot be stored. Nothing has been written then.
+    """
+    builder = Builder(writer.grid)
+    built: dict[str, Node] = {}
+    if state is not ABSENT:
+        built["state"] = builder.state(state)
+    if files is not None:
+        built["files"] = builder.files(files)
+    for component, contents in builder.contents.items():
+        if contents:
+            writer.section(component)
+            _store(writer, contents)
+    writer.section("")
+    trees = Trees(writer)
+    context = Context(trees)
+    encoded = []
+    for name, node in built.items():
+        node.weigh(trees.grid)
+        encoded.append((encode(name), node.emit(context)))
+    root = trees.put(Kind.TREE, context.references, encoded_tag(codes.ROOT, encoded_map(encoded)))
+    trees.flush()
+    return Written(root, {name: size for name, size in builder.sizes.items() if name or size})
+
+
+def _store(writer: ObjectWriter, contents: Sequence[Content]) -> None:
+    sources: list[Source] = []
+    for content in contents:
+        sources += content.sources
+    found = iter(writer.put(sources))
+    for content in contents:
+        content.ids = tuple(id for _ in content.sources for id in next(found))
+        content.sources = ()
+
+
+class Parts(NamedTuple):
+    """What a tree holds."""
+
+    state: bool
+    files: bool
+
+
+def parts(reader: ObjectReader, tree: ObjectId) -> Parts:
+    """Which parts a tree has."""
+    _, found = Loader(reader).root(tree)
+    return Parts("state" in found, "files" in found)
+
+
+def load(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None) -> Stored:
+    """The stored nodes of a state, without any content. NotFoundError if there is none, or no match."""
+    loader = Loader(reader)
+    opened, found = loader.root(tree)
+    if "state" not in found:
+        raise NotFoundError("this commit holds files and no state", hint="check out its files instead")
+    patterns = paths.Patterns(only)
+    selection = patterns.start()
+    stored = loader.node(found["state"], opened, selection)
+    # Only a miss pays for reading the names of everything.
+    if not patterns.complete:
+        patterns.check(known_paths(loader.node(found["state"], opened, paths.EVERYTHING)))
+    return stored
+
+
+def known_paths(stored: Stored) -> list[str]:
+    """All paths in a state, containers included."""
+    found: list[str] = []
+
+    def walk(path: str, node: Stored) -> None:
+        if isinstance(node, Branch) and not isinstance(node, Compound):
+            for key, child in zip(node.keys, node.children, strict=True):
+                below = paths.join(path, paths.name(key))
+                found.append(below)
+                walk(below, child)
+
+    walk("", stored)
+    return found
+
+
+def read(
+    reader: ObjectReader,
+    tree: ObjectId,
+    only: str | Sequence[str] | None = None,
+    framework: str | None = None,
+    device: Devices = None,
+) -> Any:
+    """The state of a tree, or the part that `only` selects, in its nesting.
+
+    Reads nothing but what it returns. Tensors that shared memory share it again.
+
+    Args:
+        only: a pattern or several (`paths`); a list keeps the selected items in order.
+        framework: "numpy" or "torch" converts all tensors; None gives what was stored.
+        device: for torch tensors: a device, or a mapping of path pattern to device, first match.
+
+    Raises:
+        NotFoundError: a pattern matches nothing.
+        InvalidError: torch is needed and not installed, or a dtype has no counterpart (names the path).
+        CorruptionError: the tree is damaged.
+    """
+    stored = load(reader, tree, only)
+    return Materialiser(reader, framework, device).values([("", stored)])[0]
+
+
+def files(
+    reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None
+) -> dict[str, StoredFile | StoredLink]:
+    """The files of a tree by path, without their content; {} if it has none."""
+    loader = Loader(reader)
+    opened, found = loader.root(tree)
+    if "files" not in found:
+        return {}
+    patterns = paths.Patterns(only)
+    result: dict[str, StoredFile | StoredLink] = {}
+    stored = loader.node(found["files"], opened, patterns.start())
+    _list_files("", stored, result)
+    if not patterns.complete:
+        everything: dict[str, StoredFile | StoredLink] = {}
+        _list_files("", loader.node(found["files"], opened, paths.EVERYTHING), everything)
+        patterns.check(everything)
+    return result
+
+
+def _list_files(path: str, node: Stored, found: dict[str, StoredFile | StoredLink]) -> None:
+    if isinstance(node, (StoredFile, StoredLink)):
+        found[path] = node
+    elif isinstance(node, Branch):
+        for key, child in zip(node.keys, node.children, strict=True):
+            _list_files(f"{path}/{key}" if path else str(key), child, found)
+
+
+# -- listing --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A leaf as `ckpt ls` shows it.
+
+    Attributes:
+        path: its path (`paths`).
+        kind: "tensor", "sparse", "quantized", "int", "str", "dict" (an empty one)...
+        dtype: of a tensor, else None.
+        shape: of a tensor, else None.
+        nbytes: logical bytes.
+        chunks: number of chunks; 0 when it lives in the tree.
+        preview: a short text of a value that is read already, else "".
+    """
+
+    path: str
+    kind: str
+    dtype: str | None
+    shape: tuple[int, ...] | None
+    nbytes: int
+    chunks: int
+    preview: str
+
+
+def entries(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None) -> Iterator[Entry]:
+    """The leaves of a state in order, without reading chunks; nothing if the tree has no state."""
+    if parts(reader, tree).state:
+        yield from _entries("", load(reader, tree, only))
+
+
+_PREVIEW: Final = 60
+
+
+def _preview(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _PREVIEW else text[: _PREVIEW - 1] + "…"
+
+
+def _entries(path: str, node: Stored) -> Iterator[Entry]:
+    if isinstance(node, StoredLeaf):
+        yield Entry(path, node.kind, None, None, node.nbytes, 0, _preview(node.value))
+    elif isinstance(node, StoredTorch):
+        yield Entry(path, node.kind, None, None, 0, 0, str(node.plain))
+    elif isinstance(node, StoredTensor):
+        spec, cells = node.spec, node.content.cells or 0
+        yield Entry(path, "tensor", spec.dtype, spec.shape, spec.nbytes, cells, "")
+    elif isinstance(node, StoredBlob):
+        yield Entry(path, node.kind, None, None, node.content.nbytes, node.content.cells or 0, "")
+    elif isinstance(node, Compound):
+        inner = [child for child in node.children if isinstance(child, StoredTensor)]
+        yield Entry(
+            path,
+            node.kind,
+            node.dtype or None,
+            node.shape if node.dtype else None,
+            sum(child.spec.nbytes for child in inner),
+            sum(child.content.cells or 0 for child in inner),
+            "",
+        )
+    elif isinstance(node, Branch):
+        if not node.children:
+            yield Entry(path, node.kind, None, None, 0, 0, _preview(node.make([], [])))
+        for key, child in zip(node.keys, node.children, strict=True):
+            yield from _entries(paths.join(path, paths.name(key)), child)
