@@ -1,0 +1,215 @@
+"""Checking a repository: refs -> rows -> packs -> ids. Reads only; deletes and repairs nothing.
+
+The quick check proves that every ref reaches a whole closure, that each row lies inside a published pack
+whose footer agrees, and that commits, trees and chunk lists hash to their ids. `full` decodes and hashes
+every record as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ckptvcs.errors import CkptError, CorruptionError, NotFoundError
+from ckptvcs.ids import Kind, ObjectId
+from ckptvcs.store import Reader, Row, Store
+from ckptvcs.store.format import TRAILER_BYTES, PackName, unpack_object
+from ckptvcs.store.packs import PackFile
+from ckptvcs.store.rebuild import Rebuilt
+from ckptvcs.store.writer import child_name
+
+_SLICE: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, in a sentence, with the ids and refs it touches."""
+
+    message: str
+    id: str | None = None
+    path: str | None = None
+    refs: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Report:
+    """What a check looked at and found. Truthy if all is well."""
+
+    full: bool
+    refs: int = 0
+    commits: int = 0
+    records: int = 0
+    packs: int = 0
+    bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    rebuilt: Rebuilt | None = None
+
+    @property
+    def ok(self) -> bool:
+        """No problem was found."""
+        return not self.problems
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        found: dict[str, Any] = {
+            "ok": self.ok,
+            "full": self.full,
+            "refs": self.refs,
+            "commits": self.commits,
+            "records": self.records,
+            "packs": self.packs,
+            "bytes": self.bytes,
+            "problems": [
+                {"message": p.message, "id": p.id, "path": p.path, "refs": list(p.refs)}
+                for p in self.problems
+            ],
+        }
+        if self.rebuilt is not None:
+            found["rebuilt"] = {
+                "packs": self.rebuilt.packs,
+                "records": self.rebuilt.records,
+                "log_entries": self.rebuilt.log_entries,
+                "left_out": self.rebuilt.left_out,
+                "problems": list(self.rebuilt.problems),
+            }
+        return found
+
+
+def check(store: Store, *, full: bool = False) -> Report:
+    """Check everything. Problems are collected, not raised."""
+    report = Report(full=full, rebuilt=store.rebuilt)
+    checker = _Checker(store, report)
+    checker.check_packs()
+    checker.check_rows()
+    checker.check_refs()
+    return report
+
+
+class _Checker:
+    def __init__(self, store: Store, report: Report) -> None:
+        self._store = store
+        self._report = report
+        self._bad: dict[ObjectId, str] = {}
+        self._entries: dict[PackName, set[tuple[int, ObjectId]]] = {}
+
+    def _problem(
+        self, error: CkptError | str, id: ObjectId | None = None, refs: Iterable[str] = ()
+    ) -> None:
+        path = error.path if isinstance(error, CorruptionError) else None
+        self._report.problems.append(
+            Problem(str(error), None if id is None else str(id), path, tuple(refs))
+        )
+
+    def check_packs(self) -> None:
+        """Each published pack is there, as long as it was, with a whole footer."""
+        store = self._store
+        with store.snapshot() as snapshot:
+            packs = snapshot.packs()
+        for name, info in packs.items():
+            path = store.layout.pack(name)
+            self._report.packs += 1
+            try:
+                with contextlib.closing(PackFile(store.disk, path)) as pack:
+                    size = pack.size()
+                    if size != info.size:
+                        raise CorruptionError(
+                            f"{path} has {size} bytes instead of {info.size}", path=str(path)
+                        )
+                    entries = pack.entries()
+                self._entries[name] = {(entry.offset, entry.id) for entry in entries}
+                self._report.bytes += size - TRAILER_BYTES
+            except FileNotFoundError:
+                with store.snapshot() as snapshot:
+                    if snapshot.pack(name) is None:
+                        continue  # collected meanwhile
+                self._problem(CorruptionError(f"the pack {path} is missing", path=str(path)))
+            except CkptError as error:
+                self._problem(error)
+
+    def check_rows(self) -> None:
+        """Each row points at a record of its id; objects, and with `full` all records, hash to it."""
+        for rows in self._slices():
+            with self._store.reader() as reader:
+                for id, row in rows:
+                    self._check_row(reader, id, row)
+
+    def _check_row(self, reader: Reader, id: ObjectId, row: Row) -> None:
+        self._report.records += 1
+        self._report.commits += row.kind is Kind.COMMIT
+        # A row the footers do not know was published or moved since they were listed, or is really
+        # wrong: reading it tells.
+        known = (row.offset, id) in self._entries.get(row.pack, ())
+        if known and row.kind is Kind.CHUNK and not self._report.full:
+            return
+        try:
+            self._read(reader, id, row)
+        except NotFoundError:
+            return  # collected meanwhile
+        except CkptError as error:
+            self._bad[id] = str(error)
+            self._problem(error, id)
+
+    def _read(self, reader: Reader, id: ObjectId, row: Row) -> None:
+        if row.kind is Kind.CHUNK:
+            reader.chunk(id)
+        else:
+            payload = reader.objects(row.kind, [id])[0]
+            unpack_object(payload, child_name(row.kind, id))
+
+    def _slices(self) -> Iterator[list[tuple[ObjectId, Row]]]:
+        start = b""
+        while True:
+            with self._store.snapshot() as snapshot:
+                try:
+                    part = snapshot.rows_from(start, _SLICE)
+                except CorruptionError as error:
+                    self._problem(error)
+                    return
+            yield part
+            if len(part) < _SLICE:
+                return
+            start = part[-1][0] + b"\x00"
+
+    def check_refs(self) -> None:
+        """Everything each ref reaches is stored and, as far as it was checked, sound."""
+        with self._store.snapshot() as snapshot:
+            refs = snapshot.refs()
+        self._report.refs = len(refs)
+        reached: dict[ObjectId, list[str]] = {}
+        for name, target in refs.items():
+            if isinstance(target, ObjectId):
+                for id, kind in self._closure(target):
+                    if id in self._bad or kind is None:
+                        reached.setdefault(id, []).append(name)
+        for id, names in reached.items():
+            why = self._bad.get(id, f"{id.short} is referred to but missing")
+            self._problem(f"{', '.join(names)} cannot be restored whole: {why}", id, names)
+
+    def _closure(self, root: ObjectId) -> Iterator[tuple[ObjectId, Kind | None]]:
+        """All a commit reaches; kind None for what is missing. Below the unreadable nothing is known."""
+        seen: set[ObjectId] = set()
+        waiting = [root]
+        with self._store.reader() as reader:
+            while waiting:
+                id = waiting.pop()
+                if id in seen:
+                    continue
+                seen.add(id)
+                with self._store.snapshot() as snapshot:
+                    row = snapshot.row(id)
+                if row is None:
+                    yield id, None
+                    continue
+                yield id, row.kind
+                if row.base is not None:
+                    waiting.append(row.base)
+                if row.kind is not Kind.CHUNK and id not in self._bad:
+                    with contextlib.suppress(CkptError):
+                        payload = reader.objects(row.kind, [id])[0]
+                        references, _ = unpack_object(payload, child_name(row.kind, id))
+                        waiting += [child for _, child in references]
