@@ -1,0 +1,150 @@
+"""The repository's settings: `config.toml`, written by people or by `ckpt config`.
+
+Every key has a default, so the file may be deleted. Unknown keys are kept and ignored (a newer program
+may know them); a known key with an impossible value is an error that names it.
+
+    author = "name"            who commits; CKPT_AUTHOR comes first, login@host last
+    compression = "balanced"   fast, balanced or small
+    environment = true         record library versions, code revision, host and command line
+    gc.grace = "24h"           how long gc keeps what nothing refers to any more
+    metric.NAME.mode = "min"   whether small or large values of NAME are better
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import tomllib
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ckptvcs.errors import InvalidError
+
+COMPRESSION_LEVELS: Final = ("fast", "balanced", "small")
+_MODES: Final = ("min", "max")
+_UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)\Z")
+
+
+def seconds_of(duration: str | float | datetime.timedelta) -> float:
+    """Seconds in '0', '30m', '24h', '7d', a number of seconds or a timedelta. InvalidError otherwise."""
+    if isinstance(duration, datetime.timedelta):
+        seconds = duration.total_seconds()
+    elif isinstance(duration, (int, float)) and not isinstance(duration, bool):
+        seconds = float(duration)
+    else:
+        found = _DURATION.match(duration) if isinstance(duration, str) else None
+        if not found:
+            raise InvalidError(f"{duration!r} is not a duration", hint="as in 0, 30m, 24h or 7d")
+        seconds = float(found[1]) * _UNITS[found[2]]
+    if not 0 <= seconds < 1e10:
+        raise InvalidError(f"{duration!r} is not a duration", hint="as in 0, 30m, 24h or 7d")
+    return seconds
+
+
+class Config:
+    """Settings as read from the file. Immutable; `with_value` gives the file's next content."""
+
+    def __init__(self, text: str, where: str = "config.toml") -> None:
+        self._text = text
+        self._where = where
+        try:
+            self._values: Mapping[str, Any] = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InvalidError(f"{where} cannot be read: {error}", hint="mend it, or delete it") from None
+        for key, value in flatten(self._values).items():
+            if known(key):
+                checked(key, value, where)
+
+    def get(self, key: str) -> Any:
+        """The value of a dotted key, or its default; None for an unknown key that is not set."""
+        value = flatten(self._values).get(key)
+        return _DEFAULTS.get(key) if value is None else value
+
+    def items(self) -> dict[str, Any]:
+        """All settings in force by dotted key: what is set, and the defaults."""
+        return {**_DEFAULTS, **flatten(self._values)}
+
+    def metric_mode(self, metric: str) -> str | None:
+        """'min', 'max', or None if the file does not say."""
+        found = self._values.get("metric", {}).get(metric, {}).get("mode")
+        return str(found) if found is not None else None
+
+    def with_value(self, key: str, text: str | None) -> str:
+        """The file's content with a key set from text, or unset (None). Comments are kept."""
+        import tomlkit  # only writing needs it; reading must not cost its import
+
+        if not known(key):
+            raise InvalidError(f"there is no setting called {key!r}", hint=f"there are {', '.join(KNOWN)}")
+        document = tomlkit.parse(self._text)
+        *folders, last = split_key(key)
+        table: Any = document
+        for folder in folders:
+            if folder not in table:
+                table[folder] = tomlkit.table()
+            table = table[folder]
+        if text is None:
+            table.pop(last, None)
+        else:
+            table[last] = checked(key, _value_of(key, text), key)
+        text_now: str = tomlkit.dumps(document)
+        return text_now
+
+
+KNOWN: Final = ("author", "compression", "environment", "gc.grace", "metric.NAME.mode")
+_DEFAULTS: Final[dict[str, Any]] = {
+    "author": None,
+    "compression": "balanced",
+    "environment": True,
+    "gc.grace": "24h",
+}
+
+
+def split_key(key: str) -> list[str]:
+    """The parts of a dotted key. A metric's name may hold dots and slashes itself."""
+    if key.startswith("metric.") and key.endswith(".mode") and len(key) > len("metric..mode"):
+        return ["metric", key[len("metric.") : -len(".mode")], "mode"]
+    return key.split(".")
+
+
+def known(key: str) -> bool:
+    """Whether this program knows a setting of that name."""
+    return key in _DEFAULTS or (len(split_key(key)) == 3 and key.startswith("metric."))
+
+
+def checked(key: str, value: Any, where: str) -> Any:
+    """The value, if the key may have it. InvalidError naming key and choices otherwise."""
+    if key == "author" and isinstance(value, str) and value.strip():
+        return value
+    if key == "compression" and value in COMPRESSION_LEVELS:
+        return value
+    if key == "environment" and isinstance(value, bool):
+        return value
+    if key == "gc.grace":
+        seconds_of(value)
+        return value
+    if key.startswith("metric.") and value in _MODES:
+        return value
+    choices = {
+        "author": "a name",
+        "compression": ", ".join(COMPRESSION_LEVELS),
+        "environment": "true or false",
+    }.get(key, " or ".join(_MODES))
+    raise InvalidError(f"{where}: {key} cannot be {value!r}", hint=f"choose {choices}")
+
+
+def _value_of(key: str, text: str) -> Any:
+    if key == "environment":
+        return {"true": True, "false": False}.get(text.lower(), text)
+    return text
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,816 @@
+"""The façade: a handle on a repository, bound to one branch.
+
+The environment (`CKPT_REPO`, `CKPT_BRANCH`, `CKPT_AUTHOR`, `CKPT_THREADS`) is read here, when a handle
+opens, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import platform
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from ckptvcs import config as settings
+from ckptvcs.disk import Disk, StrPath, environment_variable, login
+from ckptvcs.errors import (
+    CkptError,
+    ConflictError,
+    CorruptionError,
+    ExistsError,
+    InvalidError,
+    LineageError,
+    NoRepositoryError,
+    NotFoundError,
+)
+from ckptvcs.history import commit as commits
+from ckptvcs.history import environment, refs
+from ckptvcs.history.commit import Commit, CommitReport, Component
+from ckptvcs.history.graph import History
+from ckptvcs.history.revision import Revisions
+from ckptvcs.ids import Kind, ObjectId
+from ckptvcs.maintenance import fsck, gc
+from ckptvcs.state import files as file_trees
+from ckptvcs.state import restore as restoring
+from ckptvcs.state import tree as state_trees
+from ckptvcs.state.distributed import refuse_on_other_ranks
+from ckptvcs.store import LogEntry, Move, Operation, Publication, Reader, Store, Writer
+
+FOLDER: Final = ".ckpt"
+_log = logging.getLogger("ckptvcs")
+_RETRIES: Final = 10
+
+
+class Restored(dict[str, Any]):
+    """What `restore` did: a mapping of path to stored value for all that had no place in `into`.
+
+    Attributes:
+        commit: the commit that was restored; None on an unborn branch.
+        step: its step; None if it has none.
+        missing: paths of `into` that the commit does not hold.
+        unexpected: paths of the commit that `into` has no place for.
+
+    Falsy if nothing was restored, so `if repo.restore(state):` asks whether this is a resumed run.
+    """
+
+    def __init__(
+        self,
+        commit: Commit | None = None,
+        leftover: Mapping[str, Any] | None = None,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+    ) -> None:
+        super().__init__(leftover or {})
+        self.commit = commit
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+
+    @property
+    def step(self) -> int | None:
+        """The restored commit's step."""
+        return None if self.commit is None else self.commit.step
+
+    def __bool__(self) -> bool:
+        return self.commit is not None
+
+
+class _Shared:
+    """What the handles of one opened repository have in common."""
+
+    def __init__(self, store: Store, author: str | None) -> None:
+        self.store = store
+        self.history = History(store)
+        self.author = author
+        self.children: list[Repo] = []
+        self.config = self.read_config()
+
+    def read_config(self) -> settings.Config:
+        path = self.store.layout.config
+        try:
+            text = self.store.disk.read(path).decode()
+        except FileNotFoundError:
+            text = ""
+        except UnicodeDecodeError:
+            raise InvalidError(f"{path} is not text", hint="mend it, or delete it") from None
+        return settings.Config(text, str(path))
+
+
+class Repo:
+    """A handle on a repository. Its branch is fixed when it opens: another process moving HEAD never
+    redirects a job. Not for use from several threads at once; open one handle per thread with `on`.
+
+    An idle handle blocks nothing and keeps no bytes. Use it as a context manager, or call `close`.
+    """
+
+    def __init__(self, shared: _Shared, branch: str | None, *, owner: bool) -> None:
+        """Use `Repo.init`, `Repo.open` or `on`."""
+        self._shared = shared
+        self._owner = owner
+        self._closed = False
+        self._mutex = threading.RLock()
+        self._origin: ObjectId | None = None
+        self._warned = False
+        self._ref: str | None
+        self._tip: ObjectId | None
+        with shared.store.snapshot() as snapshot:
+            if branch is not None:
+                self._ref = refs.branch_ref(branch)
+            else:
+                head = snapshot.ref(refs.HEAD)
+                self._ref = None if isinstance(head, ObjectId) else head
+                self._tip = head if isinstance(head, ObjectId) else None
+            if self._ref is not None:
+                tip = snapshot.ref(self._ref)
+                self._tip = tip if isinstance(tip, ObjectId) else None
+        self._revisions = Revisions(shared.store, shared.history, self._head, self._metric_mode)
+
+    # -- opening and closing ---------------------------------------------------------------------
+
+    @classmethod
+    def init(cls, path: StrPath, *, compression: str | None = None) -> Repo:
+        """Make a repository in the folder `path` (as `path/.ckpt`) and open it on the unborn branch
+        `main`. Missing folders are made.
+
+        `compression` is 'fast', 'balanced' or 'small' and is recorded in the repository's config.
+        ExistsError if there is one already. Durable on return.
+        """
+        level = "" if compression is None else f'compression = "{_level(compression)}"\n'
+        disk = Disk()
+        folder = Path(path)
+        _make_folders(disk, folder)
+        environ = _Environ()
+        store = Store.create(
+            folder.resolve() / FOLDER,
+            disk,
+            config=level.encode(),
+            head=refs.HEADS + "main",
+            who=environ.author or default_author(),
+            threads=environ.threads,
+        )
+        return cls(_Shared(store, environ.author), None, owner=True)
+
+    @classmethod
+    def open(
+        cls,
+        path: StrPath | None = None,
+        branch: str | None = None,
+        *,
+        create: bool = False,
+        rebuild: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> Repo:
+        """A handle on an existing repository.
+
+        Args:
+            path: the repository's folder or any folder below it. Without it `CKPT_REPO`, else the
+                current folder and those above it are searched, like git does.
+            branch: the branch to work on; it need not exist yet. Without it `CKPT_BRANCH`, else the
+                branch HEAD is on now.
+            create: make the repository if it is missing. Needs `path` or `CKPT_REPO`. Safe when many
+                processes do it at once.
+            rebuild: make the index anew from packs and journal first, even if it is too damaged to be
+                opened. No other handle may be open.
+            say: told in a sentence when the index had to be rebuilt; the default logs a warning.
+
+        Raises NoRepositoryError, FormatError for a newer format, LockedError during a rebuild.
+        """
+        environ = _Environ()
+        disk = Disk()
+        place = Path(path) if path is not None else environ.repo
+        if create and place is None:
+            raise InvalidError("create=True needs a path", hint="pass one, or set CKPT_REPO")
+        root = _find(disk, place if place is not None else Path.cwd())
+        if root is None and create and place is not None:
+            try:
+                cls.init(place).close()
+            except ExistsError:
+                pass
+            root = place.resolve() / FOLDER
+        if root is None:
+            where = place if place is not None else Path.cwd()
+            raise NoRepositoryError(
+                f"there is no repository in {where} or above it",
+                hint="make one with `ckpt init`, or set CKPT_REPO to its folder",
+            )
+        store = Store.open(root, disk, threads=environ.threads, say=say or _log.warning, rebuild=rebuild)
+        try:
+            return cls(_Shared(store, environ.author), branch or environ.branch, owner=True)
+        except BaseException:
+            store.close()
+            raise
+
+    def on(self, branch: str) -> Repo:
+        """A second handle on the same repository, on another branch. Closed with this one."""
+        handle = Repo(self._open_shared(), branch, owner=False)
+        self._shared.children.append(handle)
+        return handle
+
+    def close(self) -> None:
+        """Let go of the repository. The handle cannot be used afterwards; closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._owner:
+            for child in self._shared.children:
+                child._closed = True
+            self._shared.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Repo({str(self.path)!r}, branch={self.branch_name!r})"
+
+    def _open_shared(self) -> _Shared:
+        if self._closed:
+            raise CkptError("this repository handle is closed", code="closed", hint="open it again")
+        return self._shared
+
+    @property
+    def _store(self) -> Store:
+        return self._open_shared().store
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """The folder that holds `.ckpt`."""
+        return self._shared.store.layout.root.parent
+
+    @property
+    def branch_name(self) -> str | None:
+        """The handle's branch, born or not; None when HEAD was detached at open."""
+        return None if self._ref is None else self._ref.removeprefix(refs.HEADS)
+
+    @property
+    def author(self) -> str:
+        """Who commits: `CKPT_AUTHOR`, else the config's author, else login@host."""
+        shared = self._open_shared()
+        return shared.author or shared.config.get("author") or default_author()
+
+    @property
+    def config(self) -> settings.Config:
+        """The repository's settings as they were at open, or after the last `configure`."""
+        return self._open_shared().config
+
+    def configure(self, key: str, value: str | None) -> None:
+        """Set a setting from text, or unset it (None). Durable on return."""
+        shared = self._open_shared()
+        shared.config = shared.read_config()
+        text = shared.config.with_value(key, value)
+        shared.store.disk.replace(shared.store.layout.config, text.encode())
+        shared.config = shared.read_config()
+
+    def _head(self) -> tuple[str | None, ObjectId | None]:
+        if self._ref is None:
+            return None, self._tip
+        with self._store.snapshot() as snapshot:
+            tip = snapshot.ref(self._ref)
+        return self._ref, tip if isinstance(tip, ObjectId) else None
+
+    def _metric_mode(self, metric: str) -> str | None:
+        return self.config.metric_mode(metric)
+
+    # -- committing ------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        state: Any,
+        message: str = "",
+        *,
+        step: int | None = None,
+        epoch: int | float | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        config: Any = None,
+        files: Mapping[str, StrPath] | None = None,
+    ) -> Commit:
+        """Save a state on the handle's branch. Durable when it returns.
+
+        Args:
+            state: nested dicts, lists and tuples of tensors, arrays, numbers, text and the other leaf
+                kinds of docs/format.md. Objects with `state_dict()` are stored as what that returns.
+            message: free text.
+            step, epoch: the training position.
+            metrics: numbers by name, such as {"val_loss": 0.31}.
+            config: hyperparameters: a mapping or an argparse.Namespace.
+            files: files to keep beside the state, by the path they get in the commit.
+
+        The first parent is the branch's tip as this handle last committed, restored or saw it at open.
+
+        Raises:
+            UnsupportedStateError: leaves that cannot be stored, all of them; nothing was written.
+            LineageError: the handle restored a commit that is not its branch's tip, or HEAD is
+                detached.
+            ConflictError: somebody else moved the branch; the commit is kept under `.rescued`.
+            StorageError: disk full, quota, permissions; the repository is unchanged.
+        """
+        refuse_on_other_ranks()
+        attached = None if files is None else file_trees.attached(self._store.disk, files)
+        return self._commit(
+            lambda writer: state_trees.write(writer, state, attached),
+            message,
+            step=step,
+            epoch=epoch,
+            metrics=metrics,
+            config=config,
+        )
+
+    def commit_files(
+        self,
+        paths: Mapping[str, StrPath],
+        message: str = "",
+        *,
+        step: int | None = None,
+        epoch: int | float | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        config: Any = None,
+        continues: bool = False,
+    ) -> Commit:
+        """Save files and folders, byte-exact, as a tree of exactly the paths given (tree path to file
+        or folder). Otherwise like `commit`.
+
+        `continues` says that the files come from the branch's tip, as when a person works on it, so
+        that the commit is no fresh start.
+        """
+        folder = file_trees.collected(self._store.disk, paths)
+        return self._commit(
+            lambda writer: state_trees.write(writer, files=folder),
+            message,
+            step=step,
+            epoch=epoch,
+            metrics=metrics,
+            config=config,
+            continues=continues,
+        )
+
+    def _commit(
+        self,
+        write: Callable[[Writer], tuple[ObjectId, dict[str, int]]],
+        message: str,
+        *,
+        step: Any,
+        epoch: Any,
+        metrics: Mapping[str, Any] | None,
+        config: Any,
+        continues: bool = False,
+    ) -> Commit:
+        shared = self._open_shared()
+        started = shared.store.disk.seconds()
+        if not isinstance(message, str):
+            raise InvalidError(f"message must be text, not a {type(message).__name__}")
+        fields: dict[str, Any] = {
+            "author": self.author,
+            "message": message,
+            "step": commits.checked_step(step),
+            "epoch": commits.checked_epoch(epoch),
+            "metrics": commits.plain_metrics(metrics),
+            "config": commits.plain_config(config),
+            "overrides": {},
+            "environment": environment.capture() if shared.config.get("environment") else {},
+        }
+        with self._mutex:
+            if continues and self._origin is None:
+                self._origin = self._tip
+            ref, parents = self._lineage()
+            with shared.store.writer() as writer:
+                tree, sizes = write(writer)
+                writer.section("")
+                fields |= {
+                    "tree": tree,
+                    "parents": parents,
+                    "origin": self._origin,
+                    "time": shared.store.disk.now_ns(),
+                    "sizes": sizes,
+                }
+                (id,) = writer.put_objects(Kind.COMMIT, [commits.encode_commit(**fields)])
+                lost = f"{refs.LOST}{ref.removeprefix(refs.HEADS)}/{id.short}"
+                stored = sum(tally.stored for tally in writer.tallies.values())
+                won = writer.publish(
+                    Publication(
+                        root=id,
+                        moves=(Move(ref, self._tip, id),),
+                        rescue=Move(lost, None, id),
+                        require=tuple(dict.fromkeys((*parents, *filter(None, [self._origin])))),
+                        time=fields["time"],
+                        who=fields["author"],
+                        why=f"commit: {message.splitlines()[0] if message else ''}".rstrip(": "),
+                        info={"given": sum(sizes.values()), "stored": stored},
+                    )
+                )
+                tallies = writer.tallies
+            shared.store.catch_up_journal()
+            if not won:
+                raise self._lost_race(ref, lost)
+            self._tip = self._origin = id
+        components = {
+            name: Component(
+                given=size,
+                new=size - tallies[name].reused if name in tallies else size,
+                reused=tallies[name].reused if name in tallies else 0,
+                stored=tallies[name].stored if name in tallies else 0,
+            )
+            for name, size in sizes.items()
+        }
+        report = CommitReport(
+            given=sum(sizes.values()),
+            new=sum(each.new for each in components.values()),
+            reused=sum(each.reused for each in components.values()),
+            stored=stored,
+            seconds=shared.store.disk.seconds() - started,
+            components=components,
+        )
+        return Commit(id=id, report=report, **fields)
+
+    def _lineage(self) -> tuple[str, tuple[ObjectId, ...]]:
+        """The ref to move and the new commit's parents; refuses what would record a false parent."""
+        if self._ref is None:
+            raise LineageError(
+                "HEAD is detached, so there is no branch to commit to",
+                hint="open the repository with branch=..., or `ckpt switch BRANCH`",
+            )
+        branch = self.branch_name
+        if self._tip is None:
+            return self._ref, () if self._origin is None else (self._origin,)
+        if self._origin is None and not self._warned:
+            self._warned = True
+            _log.warning(
+                "committing to %s, which has commits, without having restored one: "
+                "the log will show a fresh start",
+                branch,
+            )
+        if self._origin is not None and self._origin != self._tip:
+            raise LineageError(
+                f"this handle restored {self._origin.short}, which is not the tip of {branch} "
+                f"({self._tip.short}), so a commit there would have a false parent",
+                hint=f"work on a branch of its own: Repo.open(branch='NAME'), or "
+                f"`ckpt branch NAME {self._origin.short}`; `ckpt fork` does both",
+            )
+        return self._ref, (self._tip,)
+
+    def _lost_race(self, ref: str, lost: str) -> ConflictError:
+        branch, kept = refs.shown(ref), refs.shown(lost)
+        return ConflictError(
+            f"somebody else moved the branch {branch} since this handle saw it; "
+            f"the commit is kept as {kept}",
+            hint=f"`ckpt branch NAME {kept}` makes it a branch of its own",
+            rescued=kept,
+        )
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def resolve(self, rev: str | ObjectId | Commit = "HEAD") -> Commit:
+        """The commit a revision names (docs/concepts: revisions)."""
+        shared = self._open_shared()
+        return shared.history.commit(self._revisions.resolve(rev))
+
+    def checkout(
+        self,
+        rev: str | ObjectId | Commit = "HEAD",
+        only: str | Sequence[str] | None = None,
+        *,
+        device: Any = None,
+        framework: str | None = None,
+    ) -> Any:
+        """The state saved in a commit, bit-exact. Reads nothing but what it returns.
+
+        Args:
+            rev: which commit.
+            only: names or patterns: a plain name is a subtree, `*` stops at `/`, `**` does not. A
+                pattern that matches nothing is a NotFoundError.
+            device: where torch tensors go: one device or a mapping of pattern to device.
+            framework: 'numpy' or 'torch'; None gives each tensor in the framework it was stored from.
+
+        For a commit of files: {path: bytes}. This is a read: it does not become the origin of a later
+        commit; `restore` does.
+        """
+        commit = self.resolve(rev)
+        with self._reading(commit) as reader:
+            if not state_trees.parts(reader, commit.tree).state:
+                return file_trees.contents(reader, commit.tree, only)
+            return state_trees.read(
+                reader, commit.tree, only=only, framework=framework, device=device
+            )
+
+    def restore(
+        self,
+        into: Any,
+        rev: str | ObjectId | Commit | None = None,
+        *,
+        only: str | Sequence[str] | None = None,
+        strict: bool = True,
+        rename: Mapping[str, str] | None = None,
+    ) -> Restored:
+        """Fill `into` in place from a commit, by default the tip of the handle's branch.
+
+        Arrays and tensors are filled where they are, objects with `load_state_dict` get what was
+        stored for them, other values are replaced in their container. On an unborn branch nothing
+        happens and the result is falsy.
+
+        Args:
+            into: the structure to fill, laid out like the state that was committed.
+            rev: another commit. If it is not the branch's tip, commits need a branch of their own.
+            only: fill only what matches (patterns as in `checkout`).
+            strict: raise StateMismatchError, before anything is changed, if names or shapes differ.
+            rename: stored path to path in `into`.
+        """
+        if rev is None:
+            _, tip = self._head()
+            if tip is None:
+                return Restored()
+            rev = tip
+        commit = self.resolve(rev)
+        with self._reading(commit) as reader:
+            filled = restoring.fill(
+                reader, commit.tree, into, only=only, strict=strict, rename=rename
+            )
+        with self._mutex:
+            self._origin = commit.id
+            if self._ref is not None:
+                _, tip = self._head()
+                if tip == commit.id:
+                    self._tip = tip
+        return Restored(commit, filled.leftover, filled.missing, filled.unexpected)
+
+    @contextlib.contextmanager
+    def _reading(self, commit: Commit) -> Iterator[Reader]:
+        """A reader on a commit's content, which tells a commit that was collected meanwhile from damage."""
+        try:
+            with self._store.reader() as reader:
+                yield reader
+        except CorruptionError as error:
+            with self._store.snapshot() as snapshot:
+                gone = snapshot.row(commit.id) is None
+            if gone:
+                raise NotFoundError(
+                    f"the commit {commit.id.short} was deleted while it was being read"
+                ) from error
+            raise
+
+    def log(self, rev: str | ObjectId | Commit = "HEAD", n: int | None = None) -> Iterator[Commit]:
+        """Commits reachable from a revision, newest first by the graph; at most `n`."""
+        shared = self._open_shared()
+        tip = self._revisions.resolve(rev)
+        for count, commit in enumerate(shared.history.walk([tip])):
+            if n is not None and count >= n:
+                return
+            yield commit
+
+    def metrics(self, commit: Commit) -> dict[str, Any]:
+        """A commit's metrics together with those that notes added later."""
+        self._open_shared()
+        return self._revisions.metrics(commit)
+
+    def has_state(self, rev: str | ObjectId | Commit = "HEAD") -> bool:
+        """Whether a commit holds a Python state; otherwise it holds files only."""
+        with self._store.reader() as reader:
+            return state_trees.parts(reader, self.resolve(rev).tree).state
+
+    def entries(
+        self, rev: str | ObjectId | Commit = "HEAD", only: str | Sequence[str] | None = None
+    ) -> Iterator[state_trees.Entry]:
+        """The leaves of a commit's state: paths, kinds, dtypes, shapes, bytes. Reads no tensor."""
+        commit = self.resolve(rev)
+        with self._store.reader() as reader:
+            yield from state_trees.entries(reader, commit.tree, only)
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def file_entries(
+        self, rev: str | ObjectId | Commit = "HEAD", only: str | Sequence[str] | None = None
+    ) -> list[file_trees.FileEntry]:
+        """The files of a commit, attached ones included, without their content."""
+        with self._store.reader() as reader:
+            return list(file_trees.entries(reader, self.resolve(rev).tree, only))
+
+    def file_status(self, rev: str | ObjectId | Commit = "HEAD") -> file_trees.FileStatus:
+        """How the files in the repository's folder compare with a commit's."""
+        with self._store.reader() as reader:
+            return file_trees.status(reader, self.resolve(rev).tree, self.path)
+
+    def checkout_files(
+        self,
+        rev: str | ObjectId | Commit = "HEAD",
+        to: StrPath | None = None,
+        *,
+        only: str | Sequence[str] | None = None,
+        force: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> file_trees.WriteReport:
+        """Put a commit's files below `to` (made if missing), by default the repository's folder.
+
+        ConflictError, with nothing written, if files there were changed since the commit HEAD is on;
+        `force` overwrites them. HEAD stays where it is.
+        """
+        _, head = self.head()
+        with self._store.reader() as reader:
+            base = {}
+            if to is None and head is not None:
+                base = {e.path: e for e in file_trees.entries(reader, self.resolve(head).tree)}
+            return file_trees.write_out(
+                reader,
+                self.resolve(rev).tree,
+                self.path if to is None else Path(to),
+                only=only,
+                force=force,
+                base=base,
+                say=say,
+            )
+
+    # -- refs ------------------------------------------------------------------------------------
+
+    def branch(self, name: str, start: str | ObjectId | Commit = "HEAD") -> ObjectId:
+        """Make a branch at a commit, at no cost; returns the commit's id. ExistsError if it is there."""
+        return self._new_ref(refs.branch_ref(name), start, f"branch: {name}")
+
+    def tag(self, name: str, rev: str | ObjectId | Commit = "HEAD") -> ObjectId:
+        """Make a tag at a commit; returns the commit's id. ExistsError if it is there."""
+        return self._new_ref(refs.tag_ref(name), rev, f"tag: {name}")
+
+    def _new_ref(self, ref: str, rev: str | ObjectId | Commit, why: str) -> ObjectId:
+        target = self._revisions.resolve(rev)
+        if self._store.update([Move(ref, None, target)], who=self.author, why=why) is None:
+            raise ExistsError(f"{refs.shown(ref)} exists already", hint="choose another name")
+        return target
+
+    def branches(self) -> dict[str, ObjectId]:
+        """All branches and their tips, in name order."""
+        return self._targets(refs.HEADS)
+
+    def tags(self) -> dict[str, ObjectId]:
+        """All tags and their commits, in name order."""
+        return self._targets(refs.TAGS)
+
+    def lost(self) -> dict[str, ObjectId]:
+        """Commits that lost a race, as lost/<branch>/<id8>."""
+        return {f"lost/{name}": id for name, id in self._targets(refs.LOST).items()}
+
+    def _targets(self, prefix: str) -> dict[str, ObjectId]:
+        with self._store.snapshot() as snapshot:
+            return {
+                name.removeprefix(prefix): target
+                for name, target in snapshot.refs(prefix).items()
+                if isinstance(target, ObjectId)
+            }
+
+    def delete_branch(self, name: str, force: bool = False) -> ObjectId:
+        """Delete a branch; returns where it pointed. `gc` frees what nothing else refers to.
+
+        Without `force`, InvalidError if commits would become unreachable. The branch HEAD is on is
+        never deleted.
+        """
+        return self._delete_ref(refs.branch_ref(name), force, "branch")
+
+    def delete_tag(self, name: str, force: bool = False) -> ObjectId:
+        """Delete a tag; like `delete_branch`."""
+        return self._delete_ref(refs.tag_ref(name), force, "tag")
+
+    def _delete_ref(self, ref: str, force: bool, what: str) -> ObjectId:
+        shared = self._open_shared()
+        name = refs.shown(ref)
+        for _ in range(_RETRIES):
+            with shared.store.snapshot() as snapshot:
+                targets = snapshot.refs()
+            target = targets.pop(ref, None)
+            if not isinstance(target, ObjectId):
+                raise NotFoundError(f"there is no {what} called {name!r}", hint=f"`ckpt {what}` lists them")
+            if targets.get(refs.HEAD) == ref:
+                raise InvalidError(
+                    f"{name} is the branch HEAD is on", hint="`ckpt switch` to another branch first"
+                )
+            others = [t for t in targets.values() if isinstance(t, ObjectId)]
+            if not force and not any(commit.id == target for commit in shared.history.walk(others)):
+                raise InvalidError(
+                    f"{name} holds commits that nothing else refers to",
+                    hint=f"`ckpt {what} -d --force {name}` (force=True) deletes it all the same",
+                    code="unmerged",
+                )
+            if shared.store.update(
+                [Move(ref, target, None)], who=self.author, why=f"delete {what}: {name}"
+            ):
+                return target
+        raise ConflictError(f"the {what} {name} keeps moving", hint="stop its writer, then try again")
+
+    def head(self) -> tuple[str | None, ObjectId | None]:
+        """The repository's HEAD now: (branch or None when detached, commit or None when unborn)."""
+        with self._store.snapshot() as snapshot:
+            head = snapshot.ref(refs.HEAD)
+            if isinstance(head, ObjectId) or head is None:
+                return None, head
+            tip = snapshot.ref(head)
+        return head.removeprefix(refs.HEADS), tip if isinstance(tip, ObjectId) else None
+
+    def set_head(self, target: str | Commit) -> None:
+        """Move the repository's HEAD to a branch (by name) or detach it at a commit. Handles that are
+        open stay on their branch."""
+        new = target.id if isinstance(target, Commit) else refs.branch_ref(target)
+        shown = target.id.short if isinstance(target, Commit) else target
+        for _ in range(_RETRIES):
+            with self._store.snapshot() as snapshot:
+                old = snapshot.ref(refs.HEAD)
+            if old == new:
+                return
+            if self._store.update([Move(refs.HEAD, old, new)], who=self.author, why=f"switch: {shown}"):
+                return
+        raise ConflictError("HEAD keeps moving", hint="try again")
+
+    def reflog(self, n: int | None = None) -> list[LogEntry]:
+        """What happened to refs and annotations, newest first; at most `n` entries."""
+        with self._store.snapshot() as snapshot:
+            entries: list[LogEntry] = []
+            for entry in snapshot.log_backwards():
+                if n is not None and len(entries) >= n:
+                    break
+                entries.append(entry)
+        return entries
+
+    def record(self, operations: Sequence[Operation], why: str) -> bool:
+        """Apply ref moves and annotations together; False if a ref was not where the move expects it."""
+        return self._store.update(operations, who=self.author, why=why) is not None
+
+    # -- maintenance -----------------------------------------------------------------------------
+
+    def gc(
+        self, grace: float | datetime.timedelta | str | None = None, dry_run: bool = False
+    ) -> gc.Report:
+        """Free what no ref reaches any more. Safe beside writers and readers.
+
+        Args:
+            grace: how long things deleted stay recoverable: seconds, a timedelta, '24h'. None takes
+                the config's `gc.grace` (24 h). 0 is just as safe.
+            dry_run: only tell.
+        """
+        seconds = settings.seconds_of(self.config.get("gc.grace") if grace is None else grace)
+        return gc.collect(self._store, grace=seconds, dry_run=dry_run, who=self.author)
+
+    def fsck(self, *, full: bool = False, rebuild: bool = False) -> fsck.Report:
+        """Check the repository: refs, rows, packs and the ids of all objects; `full` hashes every byte.
+
+        `rebuild` first makes the index anew from packs and journal; no other handle may be open then.
+        Checking never deletes anything.
+        """
+        store = self._store
+        if rebuild:
+            with self._mutex:
+                store.rebuilt = store.rebuild()
+                store.reopen()
+        return fsck.check(store, full=full)
+
+
+class _Environ:
+    """The process environment, read once per open."""
+
+    def __init__(self) -> None:
+        repo, threads = environment_variable("CKPT_REPO"), environment_variable("CKPT_THREADS")
+        self.repo = Path(repo) if repo else None
+        self.branch = environment_variable("CKPT_BRANCH")
+        self.author = environment_variable("CKPT_AUTHOR")
+        if threads and not (threads.isdecimal() and int(threads) > 0):
+            raise InvalidError(f"CKPT_THREADS is {threads!r}", hint="set it to a number from 1 up")
+        self.threads = int(threads) if threads else None
+
+
+def default_author() -> str:
+    """login@host."""
+    return f"{login()}@{platform.node() or 'localhost'}"
+
+
+def _level(compression: str) -> str:
+    settings.checked("compression", compression, "compression")
+    return compression
+
+
+def _find(disk: Disk, place: Path) -> Path | None:
+    """The `.ckpt` folder at `place` or above it."""
+    place = place.resolve()
+    if place.name == FOLDER and disk.exists(place / "format"):
+        return place
+    for folder in (place, *place.parents):
+        if disk.exists(folder / FOLDER / "format"):
+            return folder / FOLDER
+    return None
+
+
+def _make_folders(disk: Disk, folder: Path) -> None:
+    missing = []
+    current = folder.resolve()
+    while not disk.exists(current):
+        missing.append(current)
+        current = current.parent
+    if not disk.is_dir(current):
+        raise InvalidError(f"{current} is not a folder")
+    for each in reversed(missing):
+        disk.make_dir(each)
+        disk.sync_dir(each.parent)
