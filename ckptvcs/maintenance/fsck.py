@@ -87,6 +87,7 @@ def check(store: Store, *, full: bool = False) -> Report:
     checker.check_packs()
     checker.check_rows()
     checker.check_refs()
+    checker.check_journal()
     return report
 
 
@@ -189,6 +190,21 @@ class _Checker:
         for id, names in reached.items():
             why = self._bad.get(id, f"{id.short} is referred to but missing")
             self._problem(f"{', '.join(names)} cannot be restored whole: {why}", id, names)
+
+    def check_journal(self) -> None:
+        """`refs.journal` is whole and says what the log says, as far as both go."""
+        try:
+            written = {entry.position: entry for entry in self._store.journal_entries()}
+        except FileNotFoundError:
+            self._problem(f"{self._store.layout.journal} is missing")
+            return
+        except CkptError as error:
+            self._problem(error)
+            return
+        with self._store.snapshot() as snapshot:
+            for entry in snapshot.log():
+                if written.get(entry.position, entry) != entry:
+                    self._problem(f"{self._store.layout.journal}: entry {entry.position} is not the log's")
 
     def _closure(self, root: ObjectId) -> Iterator[tuple[ObjectId, Kind | None]]:
         """All a commit reaches; kind None for what is missing. Below the unreadable nothing is known."""

@@ -100,6 +100,8 @@ def collect(store: Store, *, grace: float, dry_run: bool, who: str) -> Report:
             collection.leftovers(remove=False)
             return report
         collection.delete(dead)
+        # If the index were lost now, the journal must not bring back a ref whose deletion it missed.
+        store.catch_up_journal(must=True)
         collection.sweep_packs()
         collection.leftovers(remove=True)
     return report
@@ -258,9 +260,7 @@ class _Collection:
                 if not moved:
                     change.bump_gc_seq()
                     for id, row in batch:
-                        # A row put anew by a writer meanwhile is unmarked too, if its commit is not
-                        # the root of anything any more; only the row that was judged is deleted.
-                        if id not in self._marked and change.row(id) == row and change.delete_row(id):
+                        if id not in self._marked and change.delete_row(id):
                             self._report.records += 1
                             self._report.commits += row.kind is Kind.COMMIT
                     return
@@ -314,12 +314,16 @@ class _Collection:
         for name in unlinked:
             self._count_unlinked(name)
             self._unlink(name)
-        for group in groups:
+        while groups:
+            group = groups.pop()
             try:
                 self._compact(group, live)
             except CorruptionError as error:
-                # The packs stay as they are: their sound records are safest where they lie.
-                self._report.problems.append(str(error))
+                if len(group) > 1:
+                    groups += [[name] for name in group]
+                else:
+                    # The pack stays as it is: its sound records are safest where they lie.
+                    self._report.problems.append(str(error))
             else:
                 self._count_compacted(group, live)
                 for name in group:
@@ -403,8 +407,9 @@ class _Collection:
             change.bump_gc_seq()
             change.put_pack(writer.name, PackInfo(size, len(moved)))
             for id, old, new in moved:
-                if change.row(id) == old:
-                    change.put_row(id, new)
+                current = change.row(id)
+                if current is not None and (current.pack, current.offset) == (old.pack, old.offset):
+                    change.put_row(id, current._replace(pack=new.pack, offset=new.offset))
 
     # -- leftovers -------------------------------------------------------------------------------
 

@@ -247,6 +247,7 @@ def _entries(body: bytes, trailer: Trailer, where: str) -> Iterator[Entry]:
     at = 0
     for _ in range(trailer.records):
         if at + _ENTRY.size > len(body):
+            at = len(body) + 1
             break
         kind, codec, element, flags, raw, stored, offset, id = _ENTRY.unpack_from(body, at)
         at += _ENTRY.size

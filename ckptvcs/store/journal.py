@@ -234,11 +234,11 @@ class Journal:
         """
         expected = 1
         lines = self._disk.read(self.path).split(b"\n")
-        tail = lines.pop()
+        torn = lines.pop() != b""
         for number, line in enumerate(lines, 1):
             entry = _parse(line)
             if entry is None and number == len(lines):
-                tail = line
+                torn = True
                 break
             if entry is None or entry.position != expected:
                 raise CorruptionError(
@@ -246,7 +246,7 @@ class Journal:
                 )
             expected += 1
             yield entry
-        if tail and say is not None:
+        if torn and say is not None:
             say(f"{self.path}: the last line is torn, so entry {expected} was left out")
 
 

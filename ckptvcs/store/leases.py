@@ -10,10 +10,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import uuid
+from typing import Final
 
 from ckptvcs.disk import Disk, Lock
 from ckptvcs.errors import LockedError, StorageError
 from ckptvcs.store.format import Layout, PackName
+
+
+_WAIT: Final = 10.0
 
 
 class Lease:
@@ -33,7 +37,9 @@ class Lease:
         with self._mutex:
             if self._lock is None or self._process != self._disk.process():
                 fresh = uuid.uuid4().bytes
-                self._lock = self._disk.lock(self._layout.lease(fresh))
+                # A collector that clears away dead leases may hold it for a moment; it finds out that
+                # the file is new only by locking it.
+                self._lock = self._disk.lock(self._layout.lease(fresh), wait=_WAIT)
                 self._id, self._seq, self._process = fresh, 0, self._disk.process()
             self._seq += 1
             return PackName(self._id, self._seq)

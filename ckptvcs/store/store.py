@@ -28,7 +28,7 @@ from ckptvcs.errors import (
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.store.format import GRIDS, Format, Grid, Layout
 from ckptvcs.store.index import Change, Index, Snapshot
-from ckptvcs.store.journal import Journal, LogEntry, Move, Operation
+from ckptvcs.store.journal import Drop, Journal, LogEntry, Move, Note, Operation, Pin
 from ckptvcs.store.leases import Lease
 from ckptvcs.store.reader import Reader
 from ckptvcs.store.rebuild import Rebuilt, rebuild
@@ -276,21 +276,22 @@ class Store:
         self.format.check("write")
         with self.index.change() as change:
             for op in operations:
-                if not isinstance(op, Move):
-                    continue
-                if change.ref(op.name) != op.old:
-                    return None
-                if isinstance(op.new, ObjectId):
-                    require_commit(change, op.new)
+                if isinstance(op, Move):
+                    if change.ref(op.name) != op.old:
+                        return None
+                    if isinstance(op.new, ObjectId):
+                        require_commit(change, op.new)
+                elif isinstance(op, (Note, Pin, Drop)):
+                    require_commit(change, op.commit)
             entry = change.record(self.disk.now_ns(), who, why, operations, info)
         self.catch_up_journal()
         return entry
 
-    def catch_up_journal(self) -> None:
+    def catch_up_journal(self, *, must: bool = False) -> None:
         """Append to `refs.journal` what the log has beyond it.
 
-        A failure is logged, not raised: the change itself is durable in the index already, and the
-        next open or change tries again.
+        A failure is logged, not raised, unless it `must` succeed: the change itself is durable in the
+        index already, and the next open or change tries again.
         """
 
         def entries_after(position: int) -> list[LogEntry]:
@@ -303,12 +304,22 @@ class Store:
                 return list(snapshot.log(after=position))
 
         try:
+            if not self.disk.exists(self.layout.journal):
+                _log.warning("%s is missing; writing it anew from the index", self.layout.journal)
+                self._journal.create()
+                self.disk.sync_dir(self.layout.root)
             with self.snapshot() as snapshot:
                 newest = snapshot.position()
             if self._journal.last_position() != newest:
                 self._journal.append(entries_after)
         except (StorageError, OSError) as error:
+            if must:
+                raise
             _log.warning("the journal could not be brought up to date: %s", error)
+
+    def journal_entries(self) -> Iterator[LogEntry]:
+        """Every entry of `refs.journal`, in order. CorruptionError at the first damaged line."""
+        return self._journal.entries()
 
     @contextlib.contextmanager
     def collecting(self, *, wait: float = 0.0) -> Iterator[None]:

@@ -28,7 +28,7 @@ from ckptvcs.store.format import (
     PackName,
     unpack_object,
 )
-from ckptvcs.store.index import Change, Index, PackInfo, Row
+from ckptvcs.store.index import Change, Index, PackInfo, Row, Snapshot
 from ckptvcs.store.journal import Move
 from ckptvcs.store.leases import Lease
 from ckptvcs.store.packs import Frame, PackWriter, make_frame
@@ -287,13 +287,15 @@ class Writer:
             with self._index.change() as change:
                 self._lease.check()
                 moved = change.gc_seq() != self._gc_seq
-                if moved and closure is not None:
-                    absent = [id for id in closure if not self._is_safe(change, id)]
-                if not moved or (closure is not None and not absent):
-                    return self._enter(change, wanted)
+                if not moved or closure is not None:
+                    # Differences are looked at in any case: a base may have been found damaged.
+                    doubtful = closure if moved and closure is not None else self._differences()
+                    absent = [id for id in doubtful if not self._is_safe(change, id)]
+                    if not absent:
+                        return self._enter(change, wanted)
             # A collector ran since our first lookup. Look everything up again: what is gone is
             # written anew from its source, then the transaction is tried again.
-            if closure is None:
+            if moved and closure is None:
                 closure = self._closure(wanted.root)
             for id in absent:
                 self._write_again(id)
@@ -319,9 +321,12 @@ class Writer:
 
     _published = False
 
-    def _put_row(self, change: Change, id: ObjectId, below: int) -> Row:
-        """The row of a record of ours, unless a live one is there. A base is settled first."""
-        there = change.live(id)
+    def _put_row(self, change: Change, id: ObjectId, below: int) -> int:
+        """Put the row of a record of ours, unless a live one is there; gives its depth.
+
+        A base is settled first, and its chain walked: a stored depth may be out of date.
+        """
+        there = chain_depth(change, id)
         if there is not None:
             return there
         made = self._made.get(id)
@@ -330,7 +335,7 @@ class Writer:
         entry = made.entry
         depth = 0
         if entry.base is not None:
-            depth = 1 + self._put_row(change, entry.base, below + 1).depth
+            depth = 1 + self._put_row(change, entry.base, below + 1)
             if depth > MAX_DEPTH:
                 raise StorageError(f"the base chain of {id.short} is longer than {MAX_DEPTH}")
         row = Row(
@@ -345,22 +350,27 @@ class Writer:
             entry.base,
         )
         change.put_row(id, row)
-        return row
+        return depth
 
-    def _is_safe(self, change: Change, id: ObjectId) -> bool:
-        """Whether a record is live down its base chain, or among those this writer made."""
-        current: ObjectId | None = id
-        for _ in range(MAX_DEPTH + 1):
-            if current is None:
-                return True
-            row = change.live(current)
-            if row is not None:
-                current = row.base
-            elif current in self._made:
-                current = self._made[current].entry.base
-            else:
-                return False
-        return False
+    def _differences(self) -> list[ObjectId]:
+        return [id for id, made in self._made.items() if made.entry.base is not None]
+
+    def _is_safe(self, change: Change, id: ObjectId, below: int = 0) -> bool:
+        """Whether a record is live down its base chain, or will be by what this writer made.
+
+        Only a plain record may take the place of one that is there and damaged: a difference there
+        could close a circle, and a collector that has marked the old row would not look at its base.
+        """
+        if below > MAX_DEPTH:
+            return False
+        if chain_depth(change, id) is not None:
+            return True
+        made = self._made.get(id)
+        if made is None:
+            return False
+        if made.entry.base is None:
+            return True
+        return change.row(id) is None and self._is_safe(change, made.entry.base, below + 1)
 
     def _closure(self, root: ObjectId) -> list[ObjectId]:
         """Everything the commit reaches, other commits left out: their rows vouch for theirs."""
@@ -413,6 +423,18 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def chain_depth(snapshot: Snapshot, id: ObjectId) -> int | None:
+    """Frames below a record down to a plain one, all of them live; None if the chain is broken."""
+    row = snapshot.live(id)
+    depth = 0
+    while row is not None and row.base is not None:
+        depth += 1
+        if depth > MAX_DEPTH:
+            return None
+        row = snapshot.live(row.base)
+    return None if row is None else depth
 
 
 def child_name(kind: Kind, id: ObjectId) -> str:
