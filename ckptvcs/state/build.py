@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import enum
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -92,8 +90,9 @@ class Builder:
         self._errors: list[tuple[str, str]] = []
         self._tensors: list[tuple[TensorNode, Raw]] = []
         self._open: set[int] = set()
+        self._expanding = 0
         # Whatever was made on the way stays alive, or another array could be given its memory and
-        # seem to share it.
+        # seem to share it. Raw views keep their memory alive on their own, for as long as sources last.
         self._kept: list[Any] = []
         self._captures = torch_tensors.Captures()
         self.contents: dict[str, list[Content]] = {}
@@ -196,7 +195,7 @@ class Builder:
             name, member, inner = values.type_name(type(value)), value.name, value.value
         # An enum's value is code, not state: it is kept as far as it is plain, to be shown.
         head = [self._leaf(encode(name)), self._leaf(encode(member))]
-        return Tag(codes.ENUM, [*head, self._key(inner, trail)])
+        return Tag(codes.ENUM, [*head, self._key(inner, trail, depth)])
 
     def _scalar(self, value: np.generic, trail: _Trail, depth: int, in_key: bool) -> Node:
         fields = scalar_fields(value)
@@ -228,7 +227,7 @@ class Builder:
                 self._enter(paths.name(key) if few or _is_component(item) else "")
             entries.append(
                 (
-                    encode(key) if type(key) is str else self._key(key, (trail, key)).encoded,
+                    encode(key) if type(key) is str else self._key(key, (trail, key), depth).encoded,
                     self._node(item, (trail, key), depth + 1, in_key),
                 )
             )
@@ -236,8 +235,8 @@ class Builder:
             self._component = ""
         return MapNode(entries)
 
-    def _key(self, key: Any, trail: _Trail) -> Leaf:
-        node = self._node(key, trail, 0, True)
+    def _key(self, key: Any, trail: _Trail, depth: int) -> Leaf:
+        node = self._node(key, trail, depth + 1, True)
         if type(node) is Leaf:
             return node
         node.weigh(self._flat)
@@ -264,7 +263,7 @@ class Builder:
     def _set(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         found = []
         for item in value:
-            leaf = self._key(item, (trail, item))
+            leaf = self._key(item, (trail, item), depth)
             leaf.number = type(item) in _NUMBERS
             found.append(leaf)
         found.sort(key=lambda leaf: leaf.encoded)
@@ -291,10 +290,12 @@ class Builder:
         return Tag(codes.DEQUE, [self._leaf(encode(value.maxlen)), self._items(value, trail, depth, in_key)])
 
     def _slice(self, value: slice, trail: _Trail, depth: int, in_key: bool) -> Node:
-        return Tag(codes.SLICE, [self._key(part, trail) for part in (value.start, value.stop, value.step)])
+        return Tag(
+            codes.SLICE, [self._key(part, trail, depth) for part in (value.start, value.stop, value.step)]
+        )
 
     def _namespace(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
-        code = codes.NAMESPACE if type(value) is argparse.Namespace else codes.SIMPLE_NAMESPACE
+        code = values.namespace_code(value) or 0
         return Tag(code, [self._entries(vars(value), trail, depth + 1, in_key)], single=True)
 
     def _dataclass(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
@@ -314,9 +315,13 @@ class Builder:
         expanded = value.state_dict()
         self._kept.append(expanded)
         # The object's own trail: its tree is the tree of the dict, whatever made it.
-        if id(expanded) in self._open or depth > codes.MAX_DEPTH:
-            return self._refuse(trail, f"{type(value).__name__} whose state_dict() leads back to itself")
-        return self._node(expanded, trail, depth)
+        self._expanding += 1
+        try:
+            if self._expanding > codes.MAX_DEPTH:
+                return self._refuse(trail, f"{type(value).__name__} whose state_dict() leads ever deeper")
+            return self._node(expanded, trail, depth)
+        finally:
+            self._expanding -= 1
 
     # -- tensors ----------------------------------------------------------------------------------
 
@@ -396,8 +401,6 @@ _HANDLERS: Final[dict[type, _Handler]] = {
     collections.defaultdict: Builder._defaultdict,
     collections.deque: Builder._deque,
     slice: Builder._slice,
-    argparse.Namespace: Builder._namespace,
-    types.SimpleNamespace: Builder._namespace,
     values.EnumValue: Builder._enum,
     values.DataclassValue: Builder._dataclass,
     np.memmap: Builder._memmap,
@@ -434,6 +437,8 @@ def _handler(value: Any) -> _Handler | None:
         return Builder._generator
     if values.is_namedtuple(value):
         return Builder._namedtuple
+    if values.namespace_code(value) is not None:
+        return Builder._namespace
     if not isinstance(value, type):
         if callable(getattr(value, "state_dict", None)):
             return Builder._expand

@@ -57,11 +57,12 @@ memory to the innermost, or {"alias": [group, byte offset in the group, byte str
 
 **Weight** decides where a tree is split. It is a function of content and grid alone:
 
-- a node without references weighs the length of its encoding;
-- a TENSOR, BLOB or FILE weighs 8, its encoded fields other than data, and its data: the inline bytes, or
-  `REFERENCE` per chunk named, or `REFERENCE` for a chunk list;
-- a list, dict or other tagged node weighs 8 and what its keys and children weigh, where a list or dict
-  that is heavier than grid.subtree counts as `REFERENCE`.
+- a value that holds no nodes (a number, text, a PATH, one key or set element as a whole, one field such as
+  a type name) weighs the length of its encoding;
+- a TENSOR, BLOB or FILE weighs 8, its encoded fields other than data, and its data: the encoded inline
+  bytes, or `REFERENCE` per chunk named, or `REFERENCE` for a chunk list;
+- a list, dict or other tagged node weighs 8 and what its fields, keys and children weigh, where a list or
+  dict that is heavier than grid.subtree counts as `REFERENCE`.
 
 A list or dict heavier than grid.subtree becomes a tree of its own, named by SUBTREE:
 

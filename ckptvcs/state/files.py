@@ -113,11 +113,14 @@ def collected(disk: Disk, paths: Mapping[str, StrPath]) -> StoredFolder:
     for name, source in paths.items():
         steps = _steps(name)
         path = Path(source)
-        parent = Folder.open(path.parent) if path.name else None
-        with contextlib.closing(parent or Folder.open(path)) as folder:
+        try:
+            folder = Folder.open(path.parent if path.name else path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFoundError(f"there is no file {path}") from None
+        with contextlib.closing(folder):
             content = (
                 _collect(disk, folder, path.name, name, odd)
-                if parent is not None
+                if path.name
                 else _collect_folder(disk, folder, name, odd)
             )
         if content is None:
@@ -182,9 +185,7 @@ def _collect(
     return None
 
 
-def _collect_folder(
-    disk: Disk, folder: Folder, shown: str, odd: list[tuple[str, str]]
-) -> dict[str, object]:
+def _collect_folder(disk: Disk, folder: Folder, shown: str, odd: list[tuple[str, str]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for name in folder.names():
         content = _collect(disk, folder, name, f"{shown}/{name}", odd)

@@ -111,7 +111,7 @@ class Content:
         self.ids: tuple[ObjectId, ...] = ()
         self.inline: bytes | None = None
         if nbytes <= grid.inline:
-            self.inline = b"".join(bytes(source.read(0, source.nbytes)) for source in sources)
+            self.inline = b"".join(bytes(source.read(0, source.nbytes)) for source in sources if nbytes)
             self.sources = ()
 
     def weigh(self, grid: Grid) -> int:

@@ -23,7 +23,7 @@ _LITERAL: Final = re.compile(
     r"(?:None|True|False|[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|inf|nan)j?|[(<].*|b['\"].*|\\s.*)\Z",
     re.DOTALL,
 )
-_SPLIT: Final = re.compile(r"((?:[^/\\]|\\.)*)(?:/|\Z)", re.DOTALL)
+_SPLIT: Final = re.compile(r"((?:[^/\\]|\\.?)*)(?:/|\Z)", re.DOTALL)
 _LITERAL_TYPES: Final = (type(None), bool, int, float, complex, bytes, tuple)
 
 
@@ -62,8 +62,7 @@ def join(parent: str, component: str) -> str:
 
 def split(path: str) -> tuple[str, ...]:
     """The component names of a path or pattern."""
-    path = path.strip("/")
-    return tuple(found[1] for found in _SPLIT.finditer(path) if found[0]) if path else ()
+    return tuple(found[1] for found in _SPLIT.finditer(path) if found[1])
 
 
 class _Pattern:

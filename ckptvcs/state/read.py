@@ -261,7 +261,7 @@ class Loader:
     def node(self, value: Any, opened: _Object, selection: Selection, depth: int = 0) -> Stored:
         """The stored value of a decoded node, or what `selection` touches of it."""
         self._count += 1
-        if self._count > MAX_NODES or depth > 2 * codes.MAX_DEPTH + 8:
+        if self._count > MAX_NODES or depth > codes.MAX_DEPTH + 4:
             raise CorruptionError(f"{opened.where}: more values, or deeper, than any state")
         word = _PLAIN.get(type(value))
         if word is not None:
@@ -327,7 +327,7 @@ class Loader:
         seen: set[Any] = set()
         for page, home in self._pages(value, opened, dict, codes.MAP_PAGES, selection.whole):
             for raw, item in page.items():
-                key = raw if type(raw) is str else self._key(raw, home)
+                key = raw if type(raw) is str else self._key(raw, home, depth)
                 if key in seen:
                     raise CorruptionError(f"{home.where}: a key that appears twice")
                 seen.add(key)
@@ -339,8 +339,8 @@ class Loader:
                         children.append(child)
         return Branch(word, keys, children, make)
 
-    def _key(self, raw: Any, opened: _Object) -> Any:
-        key = plain_value(self.node(raw, opened, paths.EVERYTHING))
+    def _key(self, raw: Any, opened: _Object, depth: int) -> Any:
+        key = plain_value(self.node(raw, opened, paths.EVERYTHING, depth + 1))
         try:
             hash(key)
         except TypeError:
@@ -385,7 +385,7 @@ class Loader:
                 if last is not None and encoded <= last:
                     raise CorruptionError(f"{home.where}: a set out of order")
                 last = encoded
-                items.append(self._key(raw, home))
+                items.append(self._key(raw, home, depth))
         found = kind(items)
         if len(found) != len(items):
             raise CorruptionError(f"{opened.where}: a set with an element twice")
@@ -437,17 +437,16 @@ class Loader:
         return Branch("bytearray", [], [], lambda keys, found: bytearray(data))
 
     def _slice(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
-        parts = [self._key(part, opened) for part in self._fields(value, opened, 3)]
+        parts = [self._key(part, opened, depth) for part in self._fields(value, opened, 3)]
         return StoredLeaf("slice", slice(*parts), len(value.payload))
 
     def _namespace(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
-        kind, word = values.NAMESPACES[value.code]
 
         def make(keys: list[Any], found: list[Any]) -> Any:
-            return values.make_namespace(kind, dict(zip(keys, found, strict=True)))
+            return values.make_namespace(value.code, dict(zip(keys, found, strict=True)))
 
         return self._attributes(
-            self._map(word, self._payload(value, opened), opened, selection, depth + 1, make), opened
+            self._map("namespace", self._payload(value, opened), opened, selection, depth + 1, make), opened
         )
 
     def _attributes(self, branch: Branch, opened: _Object) -> Branch:
@@ -751,27 +750,37 @@ class Filler:
 
     def run(self) -> None:
         """Read everything."""
-        lists = list({c.chunk_list: None for c, _ in self._wanted if c.chunk_list is not None})
-        chunks: dict[ObjectId, tuple[ObjectId, ...]] = {}
-        if lists:
-            payloads = self._reader.objects(Kind.CHUNK_LIST, lists)
-            for id, payload in zip(lists, payloads, strict=True):
-                chunks[id] = parse_chunk_list(id, payload)
+        resolve(self._reader, [content for content, _ in self._wanted])
         requests: list[tuple[Sequence[ObjectId], memoryview]] = []
         for content, memory in self._wanted:
             if content.inline is not None:
                 memory[:] = content.inline
                 continue
-            ids = content.chunks if content.chunk_list is None else chunks[content.chunk_list]
-            assert ids is not None
-            if content.cells is not None and len(ids) != content.cells:
-                raise CorruptionError(f"a chunk list of {len(ids)} chunks, where {content.cells} are needed")
-            requests.append((ids, memory))
+            assert content.chunks is not None
+            requests.append((content.chunks, memory))
         if requests:
             self._reader.read_into(requests)
         for step in self._after:
             step()
         self._wanted, self._after = [], []
+
+
+def resolve(reader: ObjectReader, contents: Sequence[Content]) -> None:
+    """Replace chunk lists by their chunks. CorruptionError if one has the wrong number of them."""
+    lists = list({content.chunk_list: None for content in contents if content.chunk_list is not None})
+    if not lists:
+        return
+    payloads = reader.objects(Kind.CHUNK_LIST, lists)
+    chunks = {id: parse_chunk_list(id, payload) for id, payload in zip(lists, payloads, strict=True)}
+    for content in contents:
+        if content.chunk_list is None:
+            continue
+        content.chunks = chunks[content.chunk_list]
+        if content.cells is not None and len(content.chunks) != content.cells:
+            raise CorruptionError(
+                f"chunk list {content.chunk_list.short} has {len(content.chunks)} chunks, not {content.cells}"
+            )
+        content.chunk_list = None
 
 
 def parse_chunk_list(id: ObjectId, payload: bytes) -> tuple[ObjectId, ...]:
@@ -799,6 +808,7 @@ class Materialiser:
     def __init__(self, reader: ObjectReader, framework: str | None = None, device: Devices = None) -> None:
         if framework not in (None, "numpy", "torch"):
             raise InvalidError(f"unknown framework {framework!r}", hint='"numpy", "torch" or None')
+        self._reader = reader
         self._framework = framework
         self._device = device
         self.filler = Filler(reader)
@@ -810,7 +820,10 @@ class Materialiser:
         """The value of each (path, node)."""
         for path, node in nodes:
             self._collect(path, node)
-        # Checked above; memory is allocated from here on.
+        # Whatever can be wrong about sizes has been checked by now: memory is allocated from here on.
+        resolve(
+            self._reader, [node.content for _, node, _ in self._tensors] + [b.content for b in self._blobs]
+        )
         self._allocate()
         memories = [bytearray(blob.content.nbytes) for blob in self._blobs]
         for blob, memory in zip(self._blobs, memories, strict=True):

@@ -17,11 +17,9 @@ What fits what:
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import enum
-import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -394,7 +392,7 @@ def _holds_plain(stored: Stored) -> bool:
 
 
 def _has_attributes(value: Any) -> bool:
-    if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
+    if values.namespace_code(value) is not None:
         return True
     return (
         dataclasses.is_dataclass(value)

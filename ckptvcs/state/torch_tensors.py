@@ -83,6 +83,11 @@ def why_not(value: Any) -> str | None:
         return f"tensor of layout {layout}"
     elif name_of(value.dtype) not in TORCH_SIZES:
         return f"tensor of dtype {value.dtype}, which this version does not know"
+    elif layout == "strided" and value.numel():
+        last = sum((length - 1) * step for length, step in zip(value.shape, value.stride(), strict=True))
+        needed = (value.storage_offset() + last + 1) * value.element_size()
+        if needed > value.untyped_storage().nbytes():
+            return "tensor whose memory has been freed (a sharding or offloading wrapper holds the data)"
     return None
 
 
@@ -97,11 +102,29 @@ def flags_of(tensor: Any) -> int:
     return (codes.REQUIRES_GRAD if tensor.requires_grad else 0) | (codes.PARAMETER if parameter else 0)
 
 
+class _Memory:
+    """A tensor's storage as numpy sees it. `Tensor.numpy` would forbid torch to resize the storage, which
+    those who shard and offload their models do."""
+
+    def __init__(self, flat: Any) -> None:
+        self._kept = flat
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (flat.numel(),),
+            "typestr": "|u1",
+            "data": (flat.data_ptr(), False),
+        }
+
+
+def _memory(flat: Any) -> Raw:
+    """The bytes of a flat uint8 CPU tensor, which stays alive as long as they do."""
+    return np.asarray(_Memory(flat)) if flat.numel() else np.empty(0, np.uint8)
+
+
 class Captures:
-    """The tensors of one commit as raw memory. Holds what it copied, so that memory is not reused."""
+    """The tensors of one commit as raw memory, which keeps what it belongs to alive."""
 
     def __init__(self) -> None:
-        self._kept: list[Any] = []
         self._host: dict[tuple[str, int], Any] = {}
 
     def dense(self, tensor: Any) -> tuple[Spec, Raw]:
@@ -112,7 +135,6 @@ class Captures:
         if plain.is_conj() or plain.is_neg():
             plain = plain.resolve_conj().resolve_neg()
         storage = plain.untyped_storage()
-        self._kept.append(plain)
         flat = torch.empty(0, dtype=torch.uint8, device=plain.device).set_(storage)
         if plain.device.type != "cpu":
             key = (str(plain.device), storage.data_ptr())
@@ -122,7 +144,7 @@ class Captures:
         raw: Raw = np.ndarray(
             spec.shape,
             raw_dtype(item),
-            flat.numpy(),
+            _memory(flat),
             plain.storage_offset() * item if plain.numel() else 0,
             [step * item for step in plain.stride()] if plain.numel() else None,
         )
@@ -181,7 +203,7 @@ def allocate(nbytes: int) -> tuple[Any, Raw]:
     """Fresh zeroed torch memory, and the same memory for numpy to fill."""
     # Made by torch so that the storage can be resized and freed by torch later.
     base = require().zeros(nbytes, dtype=require().uint8)
-    return base, base.numpy()
+    return base, _memory(base)
 
 
 def restore(base: Any, spec: Spec, place: Place) -> Any:
@@ -234,7 +256,7 @@ def restore_sparse(layout: str, shape: tuple[int, ...], flags: int, parts: dict[
                     layout=getattr(torch, layout),
                     check_invariants=True,
                 )
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise CorruptionError(f"a stored sparse tensor is impossible: {error}") from None
     return flagged(tensor, flags)
 
@@ -263,7 +285,7 @@ def restore_quantized(name: str, scheme: str, flags: int, axis: int | None, part
                 empty.untyped_storage(), 0, integers.shape, integers.contiguous().stride()
             )
             memory.copy_(integers)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
         raise CorruptionError(f"a stored quantised tensor is impossible: {error}") from None
     return flagged(empty, flags)
 

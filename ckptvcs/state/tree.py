@@ -14,7 +14,7 @@ from ckptvcs.canonical import encode, encoded_map, encoded_tag
 from ckptvcs.errors import NotFoundError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.state import codes, paths
-from ckptvcs.state.build import Builder, FileContent, Folder, LinkContent
+from ckptvcs.state.build import MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent
 from ckptvcs.state.interface import ObjectReader, ObjectWriter, Source
 from ckptvcs.state.nodes import Content, Context, Node, Trees
 from ckptvcs.state.read import (
@@ -47,6 +47,7 @@ __all__ = [
     "load",
     "parts",
     "read",
+    "sizes",
     "write",
 ]
 
@@ -239,6 +240,22 @@ def entries(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | No
     """The leaves of a state in order, without reading chunks; nothing if the tree has no state."""
     if parts(reader, tree).state:
         yield from _entries("", load(reader, tree, only))
+
+
+def sizes(reader: ObjectReader, tree: ObjectId) -> dict[str, int]:
+    """Logical bytes of a state by component, as `write` counts tensors, long text and bytes."""
+    if not parts(reader, tree).state:
+        return {}
+    stored = load(reader, tree)
+    found: dict[str, int] = {}
+    if not isinstance(stored, Branch) or stored.kind not in ("dict", "OrderedDict", "defaultdict"):
+        return {"": sum(entry.nbytes for entry in _entries("", stored))}
+    few = len(stored.keys) <= MAX_COMPONENTS
+    for key, child in zip(stored.keys, stored.children, strict=True):
+        container = isinstance(child, Branch) and not isinstance(child, Compound)
+        name = paths.name(key) if few or container else ""
+        found[name] = found.get(name, 0) + sum(entry.nbytes for entry in _entries("", child))
+    return found
 
 
 _PREVIEW: Final = 60

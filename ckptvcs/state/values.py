@@ -6,12 +6,12 @@ that defined them.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import datetime
 import functools
 import keyword
 import pathlib
+import sys
 import types
 import zoneinfo
 from collections.abc import Callable, Iterator, Mapping
@@ -206,7 +206,7 @@ def _restore_timezone(plain: Any) -> datetime.timezone:
 def _restore_zoneinfo(key: str) -> zoneinfo.ZoneInfo:
     try:
         return zoneinfo.ZoneInfo(key)
-    except zoneinfo.ZoneInfoNotFoundError:
+    except (zoneinfo.ZoneInfoNotFoundError, OSError):  # a folder of zones is an OSError
         raise InvalidError(
             f"this machine does not know the time zone {key!r}", hint="install the package tzdata"
         ) from None
@@ -258,15 +258,24 @@ def restore(code: int, plain: Any) -> Any:
         raise CorruptionError(f"a stored {_RESTORERS[code][0]} is impossible: {error}") from None
 
 
-NAMESPACES: Final[dict[int, tuple[type, str]]] = {
-    codes.NAMESPACE: (argparse.Namespace, "namespace"),
-    codes.SIMPLE_NAMESPACE: (types.SimpleNamespace, "namespace"),
-}
-"""Classes that are nothing but their attributes."""
+# -- namespaces: classes that are nothing but their attributes ---------------------------------------
 
 
-def make_namespace(kind: type, attributes: dict[Any, Any]) -> Any:
+def namespace_code(value: object) -> int | None:
+    """The code of an argparse.Namespace or types.SimpleNamespace; None for anything else."""
+    if type(value) is types.SimpleNamespace:
+        return codes.SIMPLE_NAMESPACE
+    argparse = sys.modules.get("argparse")  # slow to import, and in use already by whoever has one
+    return codes.NAMESPACE if argparse is not None and type(value) is argparse.Namespace else None
+
+
+def make_namespace(code: int, attributes: dict[Any, Any]) -> Any:
     """An instance with these attributes, whatever text they are called by."""
-    made = kind()
+    if code == codes.NAMESPACE:
+        import argparse
+
+        made: Any = argparse.Namespace()
+    else:
+        made = types.SimpleNamespace()
     made.__dict__.update(attributes)
     return made

@@ -69,7 +69,7 @@ class Grid:
 
 
 GRIDS: Final = {
-    1: Grid(id=1, chunk=1 << 20, inline=256, chunk_list=4, subtree=2048, list_page=64, map_page=32),
+    1: Grid(id=1, chunk=1 << 20, inline=256, chunk_list=4, subtree=2048, list_page=64, map_page=16),
 }
 
 

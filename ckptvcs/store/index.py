@@ -432,11 +432,15 @@ class Index:
         """A new, empty index. Durable on return."""
         index = cls(disk, folder)
         index._attach(create=True)
-        with index.change() as change:
-            change._put("meta", b"index", index_id.encode())
-            change._set_number("gc_seq", 0)
-            change._set_number("position", 0)
-        disk.sync_dir(folder)
+        try:
+            with index.change() as change:
+                change._put("meta", b"index", index_id.encode())
+                change._set_number("gc_seq", 0)
+                change._set_number("position", 0)
+            disk.sync_dir(folder)
+        except BaseException:
+            index.close()
+            raise
         return index
 
     @classmethod
@@ -446,8 +450,12 @@ class Index:
         if not disk.exists(index._data):
             raise NotFoundError(f"{folder} holds no index")
         index._attach(create=False)
-        with index.snapshot() as snapshot:
-            found = snapshot._get("meta", b"index")
+        try:
+            with index.snapshot() as snapshot:
+                found = snapshot._get("meta", b"index")
+        except BaseException:
+            index.close()
+            raise
         if found != index_id.encode():
             index.close()
             raise NotFoundError(f"{folder} holds the index of another repository")

@@ -16,7 +16,6 @@ from ckptvcs.disk import Disk, Lock
 from ckptvcs.errors import LockedError, StorageError
 from ckptvcs.store.format import Layout, PackName
 
-
 _WAIT: Final = 10.0
 
 

@@ -44,9 +44,7 @@ def rebuild(
     """
     report = Rebuilt()
     stamped = Format.unpack(disk.read(layout.format), str(layout.format)).with_new_index()
-    for name in disk.names(layout.temporary):
-        if name.startswith(("meta-", "old-")):  # left by a rebuild that died
-            disk.remove_tree(layout.temporary / name)
+    clear_leftovers(disk, layout)
     aside = layout.temporary / f"meta-{secrets.token_hex(6)}"
     disk.make_dir(aside)
     index = Index.create(disk, aside, stamped.index)
@@ -85,6 +83,16 @@ def rebuild(
     disk.replace(layout.format, stamped.pack())
     disk.remove_tree(old)
     return stamped, report
+
+
+def clear_leftovers(disk: Disk, layout: Layout) -> None:
+    """Remove what a rebuild that died left behind. The caller holds `lock`, so none is running."""
+    for name in disk.names(layout.temporary):
+        if name.startswith(("meta-", "old-")):
+            disk.remove_tree(layout.temporary / name)
+    for name in disk.names(layout.root):
+        if name.startswith("format.") and name.endswith(".tmp"):
+            disk.remove(layout.root / name)
 
 
 class _Candidates:

@@ -8,6 +8,7 @@ blocks a collector nor keeps bytes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from ckptvcs.store.index import Change, Index, Snapshot
 from ckptvcs.store.journal import Drop, Journal, LogEntry, Move, Note, Operation, Pin
 from ckptvcs.store.leases import Lease
 from ckptvcs.store.reader import Reader
-from ckptvcs.store.rebuild import Rebuilt, rebuild
+from ckptvcs.store.rebuild import Rebuilt, clear_leftovers, rebuild
 from ckptvcs.store.writer import Writer
 
 _LOCK_WAIT: Final = 60.0
@@ -165,7 +166,9 @@ class Store:
     def _read_format(self) -> None:
         try:
             data = self.disk.read(self.layout.format)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, StorageError) as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # the latter: below a file
+                raise
             raise NoRepositoryError(
                 f"there is no repository at {self.layout.root.parent}",
                 hint="make one with `ckpt init`, or set CKPT_REPO",
@@ -316,6 +319,10 @@ class Store:
             if must:
                 raise
             _log.warning("the journal could not be brought up to date: %s", error)
+
+    def remove_rebuild_leftovers(self) -> None:
+        """Remove what a rebuild that died left. None runs now: it would hold `lock` exclusively."""
+        clear_leftovers(self.disk, self.layout)
 
     def journal_entries(self) -> Iterator[LogEntry]:
         """Every entry of `refs.journal`, in order. CorruptionError at the first damaged line."""

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from ckptvcs.state.values import DataclassValue, EnumValue
 
+_NATIVE = "? i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16 S3 U2 V5 M8[ns] m8[25s]"
+_TURNED = ">i4 >f4 >c16 >U2 >M8[D]"
+
 DTYPES = [
-    *(np.dtype(name) for name in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")),
-    *(np.dtype(name) for name in (">i4", ">f4", ">c16", "S3", "U2", ">U2", "V5", "M8[ns]", "m8[25s]", ">M8[D]")),
-    *(np.dtype(kind) for kind in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.int4)),
-]  # fmt: skip
+    *map(np.dtype, f"{_NATIVE} {_TURNED}".split()),
+    *map(np.dtype, (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.int4)),
+]
 """One of every kind of numpy dtype."""
 
 text = st.text(st.characters(exclude_categories=()), max_size=20)
