@@ -15,7 +15,7 @@ from typing import Any, Final
 from ckptvcs.errors import CkptError, CorruptionError, NotFoundError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.store import Reader, Row, Store
-from ckptvcs.store.format import TRAILER_BYTES, PackName, unpack_object
+from ckptvcs.store.format import TRAILER_BYTES, Entry, PackName, unpack_object
 from ckptvcs.store.packs import PackFile
 from ckptvcs.store.rebuild import Rebuilt
 from ckptvcs.store.writer import child_name
@@ -122,6 +122,8 @@ class _Checker:
                             f"{path} has {size} bytes instead of {info.size}", path=str(path)
                         )
                     entries = pack.entries()
+                    if self._report.full:
+                        self._check_records(name, pack, entries)
                 self._entries[name] = {(entry.offset, entry.id) for entry in entries}
                 self._report.bytes += size - TRAILER_BYTES
             except FileNotFoundError:
@@ -131,6 +133,29 @@ class _Checker:
                 self._problem(CorruptionError(f"the pack {path} is missing", path=str(path)))
             except CkptError as error:
                 self._problem(error)
+
+    def _check_records(self, name: PackName, pack: PackFile, entries: list[Entry]) -> None:
+        """Each live record's header says what the footer says, and its payload has the header's digest:
+        compaction relies on both, and reading may pass over them."""
+        with self._store.snapshot() as snapshot:
+            rows = {entry.id: snapshot.row(entry.id) for entry in entries}
+        for entry in entries:
+            row = rows[entry.id]
+            if row is None or (row.pack, row.offset) != (name, entry.offset):
+                continue
+            try:
+                header = pack.header(entry.offset)
+                if header[:7] != entry[1:]:
+                    raise CorruptionError(
+                        f"{pack.path}: the record at {entry.offset} is not the one its footer lists",
+                        path=str(pack.path),
+                        offset=entry.offset,
+                        id=str(entry.id),
+                    )
+                pack.payload(header, entry.offset)
+            except CkptError as error:
+                self._bad[entry.id] = str(error)
+                self._problem(error, entry.id)
 
     def check_rows(self) -> None:
         """Each row points at a record of its id; objects, and with `full` all records, hash to it."""
@@ -142,6 +167,8 @@ class _Checker:
     def _check_row(self, reader: Reader, id: ObjectId, row: Row) -> None:
         self._report.records += 1
         self._report.commits += row.kind is Kind.COMMIT
+        if id in self._bad:
+            return
         # A row the footers do not know was published or moved since they were listed, or is really
         # wrong: reading it tells.
         known = (row.offset, id) in self._entries.get(row.pack, ())

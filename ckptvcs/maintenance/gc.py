@@ -386,7 +386,7 @@ class _Collection:
         moved: list[tuple[ObjectId, Row, Row]] = []
         try:
             for name in group:
-                with contextlib.closing(PackFile(store.disk, store.layout.pack(name))) as pack:
+                with contextlib.closing(self._opened(name)) as pack:
                     for id, row in sorted(live[name].items(), key=lambda item: item[1].offset):
                         header = pack.header(row.offset)
                         if header.id != id:
@@ -410,6 +410,13 @@ class _Collection:
                 current = change.row(id)
                 if current is not None and (current.pack, current.offset) == (old.pack, old.offset):
                     change.put_row(id, current._replace(pack=new.pack, offset=new.offset))
+
+    def _opened(self, name: PackName) -> PackFile:
+        path = self._store.layout.pack(name)
+        try:
+            return PackFile(self._store.disk, path)
+        except FileNotFoundError:
+            raise CorruptionError(f"the pack {path} is missing", path=str(path)) from None
 
     # -- leftovers -------------------------------------------------------------------------------
 
@@ -444,6 +451,7 @@ class _Collection:
                     store.disk.remove(path)
         if remove:
             remove_dead_leases(store.disk, store.layout)
+            store.remove_rebuild_leftovers()
 
 
 def _commits_of(targets: Iterable[Target | None]) -> set[ObjectId]:

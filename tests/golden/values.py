@@ -1,0 +1,164 @@
+"""What the golden files hold, as values. Adding a value is fine; changing one is a change of the format."""
+
+from __future__ import annotations
+
+import math
+import struct
+import uuid
+from typing import Any, Final
+
+from ckptvcs.canonical import Tagged
+from ckptvcs.ids import Kind, ObjectId, object_id
+from ckptvcs.store.format import Entry, Format, Header, PackName, pack_footer, pack_object
+from ckptvcs.store.index import Row
+from ckptvcs.store.journal import Drop, Expire, LogEntry, Move, Note, Pin, Status
+from ckptvcs.store.packs import Frame, make_frame
+from ckptvcs.testing.codecs import XOR, delta_frame
+
+LEASE: Final = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff").bytes
+PACK: Final = PackName(LEASE, 7)
+
+ODD_NAN: Final = struct.unpack(">d", bytes.fromhex("7ff4000000abcdef"))[0]
+
+CANONICAL: Final[list[Any]] = [
+    None,
+    False,
+    True,
+    *(0, 1, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 2**64),
+    *(-1, -32, -33, -128, -129, -32768, -32769, -(2**31), -(2**31) - 1, -(2**63), -(2**63) - 1),
+    *(2**127, -(2**127), 2**128, 3**200),
+    *(0.0, -0.0, 1.0, 0.1, 1e-320, math.inf, -math.inf, math.nan, ODD_NAN),
+    *("", "a", "a" * 31, "a" * 32, "ä€🙂", "\ud800lone", "a" * 256),
+    *(b"", b"\x00", b"\xff" * 255, b"\x01" * 256),
+    [],
+    [1, [2, [3, []]]],
+    list(range(16)),
+    {},
+    {"b": 1, "a": 2},
+    {"a": 2, "b": 1},
+    {True: "true", "1": "text", b"1": "bytes"},
+    {1: "int"},
+    {1.0: "float"},
+    {None: 0, -1: 1, 2**70: 2, Tagged(5, b"key"): 3},
+    {str(i): i for i in range(16)},
+    *(Tagged(2, b""), Tagged(3, b"x"), Tagged(4, b"x" * 3), Tagged(127, b"x" * 16), Tagged(0, b"x" * 300)),
+    {"nested": [Tagged(9, b"in"), {"deep": [1.5, b"bytes", None]}]},
+]
+
+CHUNK: Final = b"The quick brown fox jumps over the lazy dog. "
+ZEROS: Final = bytes(4096)
+NEAR: Final = CHUNK.replace(b"quick", b"slick")
+CHUNK_ID: Final = object_id(Kind.CHUNK, CHUNK)
+LIST: Final = pack_object([(Kind.CHUNK, CHUNK_ID)] * 5, b"\xc0")
+LIST_ID: Final = object_id(Kind.CHUNK_LIST, LIST)
+TREE: Final = pack_object([(Kind.CHUNK_LIST, LIST_ID), (Kind.CHUNK, CHUNK_ID)], b"\x93\x01\x02\x03")
+TREE_ID: Final = object_id(Kind.TREE, TREE)
+PARENT_ID: Final = ObjectId(bytes(range(32)))
+COMMIT: Final = pack_object([(Kind.TREE, TREE_ID), (Kind.COMMIT, PARENT_ID)], b"\x81\xa1m\xa5hello")
+COMMIT_ID: Final = object_id(Kind.COMMIT, COMMIT)
+LONG_TREE: Final = pack_object([(Kind.CHUNK, CHUNK_ID)] * 20, b"\xc0")
+LONG_COMMIT: Final = pack_object([(Kind.TREE, TREE_ID), (Kind.COMMIT, TREE_ID)], b"\xd9\xc8" + b"again" * 40)
+EMPTY: Final = pack_object([], b"")
+
+PAYLOADS: Final[dict[str, tuple[Kind, bytes]]] = {
+    "chunk": (Kind.CHUNK, CHUNK),
+    "empty chunk": (Kind.CHUNK, b""),
+    "zeros": (Kind.CHUNK, ZEROS),
+    "chunk list": (Kind.CHUNK_LIST, LIST),
+    "tree": (Kind.TREE, TREE),
+    "commit": (Kind.COMMIT, COMMIT),
+    "long tree": (Kind.TREE, LONG_TREE),
+    "long commit": (Kind.COMMIT, LONG_COMMIT),
+    "empty object": (Kind.TREE, EMPTY),
+}
+"""One payload of every kind; each is frozen as a raw record, and where it shrinks as a zstd one."""
+
+
+def raw_frames() -> dict[str, Frame]:
+    """Every payload as a plain uncompressed record, and one difference with a synthetic codec."""
+    frames = {
+        name: make_frame(
+            kind, object_id(kind, payload), 0, 4 if name == "zeros" else 1, len(payload), payload
+        )
+        for name, (kind, payload) in PAYLOADS.items()
+    }
+    return {**frames, "difference": delta_frame(NEAR, CHUNK)}
+
+
+def pack_bytes() -> bytes:
+    """A whole pack of all raw frames."""
+    data = b""
+    entries = []
+    for frame in raw_frames().values():
+        header = frame.header
+        entries.append(
+            Entry(
+                len(data),
+                header.kind,
+                header.codec,
+                header.element_size,
+                header.raw,
+                header.stored,
+                header.id,
+                header.base,
+            )
+        )
+        data += header.pack() + bytes(frame.payload)
+    return data + pack_footer(entries, PACK, len(data))
+
+
+FORMATS: Final = [
+    Format(
+        repository="7c53c0c0-edb4-470a-b5a1-c3315dcf2e91",
+        index="5e16bbfd-ab3c-4ee5-b0ac-f9b3e0e02fe3",
+        lmdb=0,
+        grid=1,
+    ),
+    Format(
+        repository="7c53c0c0-edb4-470a-b5a1-c3315dcf2e91",
+        index="5e16bbfd-ab3c-4ee5-b0ac-f9b3e0e02fe3",
+        lmdb=0,
+        grid=1,
+        write=("future-write",),
+        gc=("future-gc", "other"),
+    ),
+]
+
+JOURNAL: Final = [
+    LogEntry(1, 1_700_000_000_000_000_000, "ann@host", "init", (Move("HEAD", None, "refs/heads/main"),)),
+    LogEntry(
+        2,
+        1_700_000_001_000_000_000,
+        "ann@host",
+        "commit: first",
+        (Move("refs/heads/main", None, COMMIT_ID),),
+        {"stored": 12345, "ratio": 0.25, "name": "ä"},
+    ),
+    LogEntry(
+        3,
+        -1,
+        "",
+        "fork",
+        (Move("refs/heads/x", None, PARENT_ID), Move("HEAD", "refs/heads/main", "refs/heads/x")),
+    ),
+    LogEntry(4, 4, "b", "delete", (Move("refs/heads/x", PARENT_ID, None),)),
+    LogEntry(5, 5, "b", "checkout", (Move("HEAD", "refs/heads/x", COMMIT_ID),)),
+    LogEntry(6, 6, "b", "note", (Note(COMMIT_ID, "eval/loss", 0.125), Note(COMMIT_ID, "n", 3))),
+    LogEntry(7, 7, "b", "note", (Note(COMMIT_ID, "text", "good"), Note(COMMIT_ID, "flag", True))),
+    LogEntry(8, 8, "b", "note", (Note(COMMIT_ID, "n", None),)),
+    LogEntry(9, 9, "b", "pin", (Pin(COMMIT_ID, True),)),
+    LogEntry(10, 10, "b", "pin", (Pin(COMMIT_ID, False), Pin(PARENT_ID, True))),
+    LogEntry(11, 11, "b", "retention", (Drop(COMMIT_ID, ("optimizer", "rng")), Drop(PARENT_ID, ()))),
+    LogEntry(12, 12, "b", "status", (Status("main", "running"), Status("x", "failed"))),
+    LogEntry(13, 13, "b", "status", (Status("x", None),)),
+    LogEntry(14, 14, "b", "expire", (Expire(3),)),
+    LogEntry(15, 15, "b", "nothing", ()),
+]
+
+ROWS: Final = [
+    Row(Kind.CHUNK, 0, 4, 0, 4096, 4096, 0, PACK),
+    Row(Kind.CHUNK, XOR, 1, 3, 45, 45, 2**40 + 1, PACK, CHUNK_ID),
+    Row(Kind.COMMIT, 1, 1, 0, 71, 70, 104, PackName(LEASE, 2**32 - 1), None, True),
+]
+
+HEADERS: Final[list[Header]] = [frame.header for frame in raw_frames().values()]
