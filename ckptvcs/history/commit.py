@@ -197,6 +197,10 @@ def _typed(fields: dict[str, Any], name: str, *kinds: type) -> Any:
 
 def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Metrics as Python numbers; 0-dim arrays and tensors are unpacked. InvalidError otherwise."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise InvalidError(
+            f"metrics must be a mapping, not a {type(metrics).__name__}", hint="as in {'val_loss': 0.31}"
+        )
     plain: dict[str, Any] = {}
     for name, value in (metrics or {}).items():
         if not isinstance(name, str) or not re.fullmatch(r"[^=<>\s]+", name) or not name.isprintable():

@@ -16,6 +16,7 @@ from ckptvcs import __version__
 
 _LIBRARIES: Final = ("numpy", "torch", "jax", "tensorflow", "keras", "transformers", "lightning")
 _SECRET = re.compile(r"(?i)(key|token|secret|passw|credential|auth)")
+_LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 _MASK: Final = "***"
 
 
@@ -44,17 +45,20 @@ def _versions() -> dict[str, str]:
 
 
 def masked(argv: list[str]) -> list[str]:
-    """The command line with the values of options that sound like secrets replaced by ***."""
+    """The command line with *** for the values of options that sound like secrets, whatever they look
+    like, and for the login in a URL."""
     shown: list[str] = []
     hide_next = False
     for word in argv:
         name, equals, _ = word.partition("=")
-        if hide_next and not word.startswith("-"):
+        if hide_next and not word.startswith("--"):
             shown.append(_MASK)
-        elif equals and _SECRET.search(name):
+            hide_next = False
+            continue
+        if equals and _SECRET.search(name):
             shown.append(f"{name}={_MASK}")
         else:
-            shown.append(word)
+            shown.append(_LOGIN_IN_URL.sub(f"{_MASK}@", word))
         hide_next = word.startswith("-") and not equals and bool(_SECRET.search(word))
     return shown
 

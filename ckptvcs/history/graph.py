@@ -5,6 +5,7 @@ Order comes from the graph alone; clocks never decide.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
@@ -22,6 +23,7 @@ class History:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._seen: OrderedDict[ObjectId, Commit] = OrderedDict()
+        self._mutex = threading.Lock()
 
     def commit(self, id: ObjectId) -> Commit:
         """The commit with this id. CorruptionError if it is not stored."""
@@ -29,17 +31,19 @@ class History:
 
     def commits(self, ids: Sequence[ObjectId]) -> list[Commit]:
         """Several commits at once."""
-        missing = [id for id in dict.fromkeys(ids) if id not in self._seen]
+        # Handles in several threads share this memory: what was seen is taken out first.
+        found = {id: self._seen.get(id) for id in ids}
+        missing = [id for id, commit in found.items() if commit is None]
         fresh: dict[ObjectId, Commit] = {}
         if missing:
             with self._store.reader() as reader:
                 payloads = reader.objects(Kind.COMMIT, missing)
             fresh = {id: decode_commit(id, data) for id, data in zip(missing, payloads, strict=True)}
-        found = [fresh[id] if id in fresh else self._seen[id] for id in ids]
-        self._seen.update(fresh)
-        while len(self._seen) > _REMEMBERED:
-            self._seen.popitem(last=False)
-        return found
+            with self._mutex:
+                self._seen.update(fresh)
+                while len(self._seen) > _REMEMBERED:
+                    self._seen.popitem(last=False)
+        return [found[id] or fresh[id] for id in ids]
 
     def first_parents(self, tip: ObjectId) -> Iterator[Commit]:
         """The chain from `tip` down along first parents."""

@@ -66,7 +66,7 @@ class Revisions:
         if not isinstance(text, str):
             raise InvalidError(f"a revision is text, not a {type(text).__name__}")
         base, suffixes = _split(text)
-        current, ref = self._base(base, text)
+        current, ref = self._base(base, before=bool(suffixes) and suffixes[0]["moves"] is not None)
         for suffix in suffixes:
             if suffix["moves"] is not None:
                 current = self._moves_ago(ref, int(suffix["moves"]), text)
@@ -87,17 +87,22 @@ class Revisions:
 
     # -- bases -----------------------------------------------------------------------------------
 
-    def _base(self, name: str, text: str) -> tuple[ObjectId | None, str | None]:
-        """(commit, full ref name). The commit is None for a branch that is not born."""
+    def _base(self, name: str, *, before: bool) -> tuple[ObjectId | None, str | None]:
+        """(commit, full ref name). The commit is None for a branch that is not born, and, if an earlier
+        position is asked for (`before`), for a ref that was deleted."""
         if name in (refs.HEAD, "@", ""):
             ref, tip = self._head()
             return tip, ref or refs.HEAD
         with self._store.snapshot() as snapshot:
-            for full in (name, refs.HEADS + name, refs.TAGS + name, "refs/" + name):
-                if full.startswith("refs/") and len(full.encode(errors="replace")) < 400:
-                    target = snapshot.ref(full) if _encodable(full) else None
-                    if isinstance(target, ObjectId):
-                        return target, full
+            places = [
+                full
+                for full in (name, refs.HEADS + name, refs.TAGS + name, "refs/" + name)
+                if full.startswith("refs/") and _encodable(full) and len(full.encode()) < 400
+            ]
+            for full in places:
+                target = snapshot.ref(full)
+                if isinstance(target, ObjectId):
+                    return target, full
             found = []
             if _HEX.match(name):
                 digits = name.lower()
@@ -115,6 +120,9 @@ class Revisions:
         ref, tip = self._head()
         if ref == refs.HEADS + name and tip is None:
             return None, ref
+        for full in places if before else ():
+            if ref_history(self._store, full):
+                return None, full
         raise NotFoundError(f"no branch, tag or commit is called {name!r}", hint=self._near(name))
 
     def _near(self, name: str) -> str | None:

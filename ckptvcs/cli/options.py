@@ -1,0 +1,102 @@
+"""Options and arguments that several verbs share, their types, and what the shell offers for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ckptvcs.repo import Repo
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object, also for an error."
+)
+
+
+def number(ctx: click.Context, param: click.Parameter, text: str | None) -> int | float | None:
+    """A whole number or a decimal one."""
+    found = None if text is None else number_of(text)
+    if text is not None and found is None:
+        raise click.BadParameter(f"{text!r} is not a number", ctx, param)
+    return found
+
+
+def number_of(text: str) -> int | float | None:
+    """The number a text says; None if it says none."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None
+
+
+def pairs(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> list[tuple[str, str]]:
+    """NAME=VALUE, each as the two sides of its first equals sign."""
+    found = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{text!r} is not of the form {param.metavar}", ctx, param)
+        found.append((name, value))
+    return found
+
+
+# ---- what the shell offers ----------------------------------------------------------------------
+
+
+def _names(ctx: click.Context, incomplete: str, names_of: Callable[[Repo], list[str]]) -> list[str]:
+    from ckptvcs.errors import CkptError
+    from ckptvcs.repo import Repo
+
+    try:
+        with Repo.open(ctx.find_root().params.get("repo"), say=lambda _: None) as repo:
+            return [name for name in names_of(repo) if name.startswith(incomplete)]
+    except (CkptError, OSError):
+        return []
+
+
+def _revisions(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return _names(ctx, incomplete, lambda repo: ["HEAD", *repo.branches(), *repo.tags(), *repo.lost()])
+
+
+def _branches(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return _names(ctx, incomplete, lambda repo: list(repo.branches()))
+
+
+def _tags(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return _names(ctx, incomplete, lambda repo: list(repo.tags()))
+
+
+def _settings(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return _names(ctx, incomplete, lambda repo: list(repo.config.items()))
+
+
+def revision_argument(*, required: bool = False) -> Callable[[_Function], _Function]:
+    """REV; HEAD if it may be left out and is."""
+    return click.argument(
+        "revision",
+        metavar="REV" if required else "[REV]",
+        required=required,
+        default=None if required else "HEAD",
+        shell_complete=_revisions,
+    )
+
+
+def branch_argument(name: str, metavar: str, **more: Any) -> Callable[[_Function], _Function]:
+    """The name of a branch."""
+    return click.argument(name, metavar=metavar, shell_complete=_branches, **more)
+
+
+def tag_argument(name: str, metavar: str, **more: Any) -> Callable[[_Function], _Function]:
+    """The name of a tag."""
+    return click.argument(name, metavar=metavar, shell_complete=_tags, **more)
+
+
+def setting_argument(name: str, metavar: str, **more: Any) -> Callable[[_Function], _Function]:
+    """The key of a setting."""
+    return click.argument(name, metavar=metavar, shell_complete=_settings, **more)

@@ -1,0 +1,63 @@
+"""Opening the repository a command is about, and reading revisions the way the command line means them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from ckptvcs.cli import output
+
+if TYPE_CHECKING:
+    from ckptvcs.history.commit import Commit
+    from ckptvcs.repo import Repo
+
+
+class _Warnings(logging.Handler):
+    """What the library logs, as lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        output.warning(record.getMessage())
+
+
+def wanted_path() -> str | None:
+    """What `--repo` said."""
+    path: str | None = click.get_current_context().find_root().params.get("repo")
+    return path
+
+
+@contextlib.contextmanager
+def opened(*, rebuild: bool = False) -> Iterator[Repo]:
+    """The repository, on HEAD's branch: that is what HEAD means on the command line, whatever CKPT_BRANCH
+    says to the jobs started here."""
+    with for_commit(None, rebuild=rebuild) as repo:
+        branch, _ = repo.head()
+        yield repo if branch is None or branch == repo.branch_name else repo.on(branch)
+
+
+@contextlib.contextmanager
+def for_commit(branch: str | None, *, rebuild: bool = False) -> Iterator[Repo]:
+    """The repository, on the branch that commits go to: the argument, else CKPT_BRANCH, else HEAD's."""
+    from ckptvcs.repo import Repo
+
+    log = logging.getLogger("ckptvcs")
+    if not any(isinstance(handler, _Warnings) for handler in log.handlers):
+        log.addHandler(_Warnings())
+        log.propagate = False
+    with Repo.open(wanted_path(), branch, rebuild=rebuild, say=output.warning) as repo:
+        yield repo
+
+
+def resolved(repo: Repo, revision: str) -> Commit:
+    """The commit a revision names."""
+    branch, commit = repo.head()
+    if branch is None and commit is not None and repo.branch_name is not None:
+        # HEAD is detached, and CKPT_BRANCH has put the handle on a branch all the same.
+        for name in ("HEAD", "@"):
+            rest = revision.removeprefix(name)
+            if revision.startswith(name) and rest[:1] in ("", "~", "^", "@"):
+                return repo.resolve(f"{commit}{rest}")
+    return repo.resolve(revision)

@@ -1,0 +1,1 @@
+"""One short function per verb. A verb's result, if any, is its exit code."""

@@ -1,0 +1,178 @@
+"""gc, fsck, config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptvcs.cli import output, session
+from ckptvcs.cli.exits import Exit
+from ckptvcs.cli.options import json_option, setting_argument
+from ckptvcs.errors import InvalidError, NotFoundError
+
+if TYPE_CHECKING:
+    from ckptvcs.maintenance import fsck as checking
+    from ckptvcs.maintenance import gc as collecting
+
+# ---- gc -----------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Only tell what would be freed.")
+@click.option(
+    "--grace",
+    metavar="D",
+    help="How long deleted things stay recoverable: 0, 30m, 24h, 7d. Else the setting gc.grace (24h).",
+)
+@json_option
+def gc(dry_run: bool, grace: str | None, as_json: bool) -> Exit:
+    """Free what no branch, tag or lost commit reaches any more.
+
+    Safe while others commit and read, with --grace 0 too. What a dry run announces is what a run frees.
+
+    \b
+    ckpt gc --dry-run
+    ckpt gc --grace 0
+    """
+    with session.opened() as repo, output.working("looking for garbage"):
+        report = repo.gc(grace, dry_run)
+    if as_json:
+        output.data(report.as_dict())
+    else:
+        _print_collection(report)
+    for problem in report.problems:
+        output.warning(problem)
+    return Exit.PARTLY if report.problems else Exit.DONE
+
+
+def _print_collection(report: collecting.Report) -> None:
+    verb = "Would free" if report.dry_run else "Freed"
+    what = [
+        output.counted(report.records, "record"),
+        f"{report.commits:,} of them commits" if report.commits else "no commit among them",
+        output.counted(report.packs, "pack"),
+    ]
+    detail = f" ({', '.join(what)})" if report.records or report.packs else ""
+    output.line(f"{verb} {output.size(report.freed)}{detail}.")
+    if report.leftovers:
+        did = "would be removed" if report.dry_run else "removed"
+        output.line(f"{output.size(report.leftovers)} that interrupted writers left {did}.")
+    for name in report.expired:
+        did = "Would drop" if report.dry_run else "Dropped"
+        output.line(f"{did} {output.clean(name)}, which is older than 30 days.")
+    if report.held:
+        output.line(
+            f"{output.size(report.held)} stays recoverable for {output.duration(report.grace)}; "
+            "`ckpt gc --grace 0` frees it now."
+        )
+
+
+# ---- fsck ---------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--full", is_flag=True, help="Read and hash every byte.")
+@click.option(
+    "--rebuild",
+    is_flag=True,
+    help="First make the index anew from packs and journal. Nobody else may have the repository open.",
+)
+@json_option
+def fsck(full: bool, rebuild: bool, as_json: bool) -> Exit:
+    """Check the repository. Nothing is deleted or repaired.
+
+    Without --full: that every ref reaches all it needs, that each record lies where the index says, and
+    that commits, trees and chunk lists hash to their ids. Problems end in exit code 13.
+
+    \b
+    ckpt fsck --full
+    ckpt fsck --rebuild
+    """
+    with output.working("rebuilding and checking" if rebuild else "checking"):
+        with session.opened(rebuild=rebuild) as repo:
+            report = repo.fsck(full=full)
+    if as_json:
+        output.data(report.as_dict())
+    else:
+        _print_check(report)
+    return Exit.DONE if report.ok else Exit.CORRUPTION
+
+
+def _print_check(report: checking.Report) -> None:
+    rebuilt = report.rebuilt
+    if rebuilt is not None:
+        output.line(
+            f"Made the index anew: {output.counted(rebuilt.records, 'record')} of "
+            f"{output.counted(rebuilt.packs, 'pack')}, "
+            f"{output.counted(rebuilt.log_entries, 'journal entry')}."
+        )
+        for problem in rebuilt.problems:
+            output.line(f"  {output.clean(problem)}")
+    looked = ", ".join(
+        output.counted(count, noun)
+        for count, noun in (
+            (report.refs, "ref"),
+            (report.commits, "commit"),
+            (report.records, "record"),
+            (report.packs, "pack"),
+        )
+    )
+    how = "every byte hashed" if report.full else "`--full` hashes every byte"
+    output.line(f"Checked {looked}, {output.size(report.bytes)}; {how}.")
+    for found in report.problems:
+        output.line(f"  {output.paint('problem:', fg='red', bold=True)} {output.clean(found.message)}")
+    output.line("All is well." if report.ok else f"{output.counted(len(report.problems), 'problem')} found.")
+
+
+# ---- config -------------------------------------------------------------------------------------
+
+
+@click.command()
+@setting_argument("key", "[KEY", required=False)
+@click.argument("value", metavar="[VALUE]]", required=False)
+@click.option("--unset", is_flag=True, help="Forget the setting, so that its default holds again.")
+@json_option
+def config(key: str | None, value: str | None, unset: bool, as_json: bool) -> None:
+    """List the settings in force, show one, or set one.
+
+    There are author, compression (fast, balanced, small), environment (true, false), gc.grace (0, 30m, 24h,
+    7d) and metric.NAME.mode (min, max).
+
+    \b
+    ckpt config metric.bleu.mode max
+    ckpt config gc.grace 7d
+    """
+    if unset and (key is None or value is not None):
+        raise click.UsageError("--unset takes one KEY and no VALUE")
+    with session.opened() as repo:
+        if key is None:
+            settings = {name: each for name, each in repo.config.items().items() if each is not None}
+            if as_json:
+                output.data({"settings": settings})
+            else:
+                output.fields((name, _shown(each)) for name, each in sorted(settings.items()))
+            return
+        if value is not None or unset:
+            repo.configure(key, None if unset else value)
+        _check_known(key)
+        found = repo.config.get(key)
+    if found is None and value is None and not unset:
+        raise NotFoundError(f"the setting {key} is not set", hint=f"`ckpt config {key} VALUE` sets it")
+    if as_json:
+        output.data({"key": key, "value": found})
+    elif value is None and not unset:
+        output.line(_shown(found))
+
+
+def _check_known(key: str) -> None:
+    from ckptvcs import config as settings
+
+    if not settings.known(key):
+        raise InvalidError(
+            f"there is no setting called {key!r}", hint=f"there are {', '.join(settings.KNOWN)}"
+        )
+
+
+def _shown(value: Any) -> str:
+    return {True: "true", False: "false"}.get(value, "") or output.clean(str(value))
