@@ -18,7 +18,6 @@ import errno
 import fcntl
 import getpass
 import os
-import secrets
 import shutil
 import stat
 import sys
@@ -317,7 +316,7 @@ class Disk:
 
     def replace(self, path: Path, data: Buffer) -> None:
         """Write a whole file so that a crash leaves the old or the new content. Durable on return."""
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f"{path.name}.{random_name()}.tmp")
         try:
             with self.create(temporary) as file:
                 file.write([data])
@@ -417,6 +416,11 @@ def _open_for_lock(path: Path, shared: bool) -> int:
         if not shared or error.errno not in (errno.EACCES, errno.EROFS):
             raise
         return os.open(path, os.O_RDONLY | common)
+
+
+def random_name() -> str:
+    """Twelve hex digits that nobody else draws."""
+    return os.urandom(6).hex()
 
 
 def environment_variable(name: str) -> str | None:
@@ -522,7 +526,7 @@ class Folder:
     def writing(self, name: str, mode: int) -> Iterator[WriteFile]:
         """Write a file that appears under its name only when complete, synced, with these permissions."""
         check_name(name)
-        temporary = f".{secrets.token_hex(6)}.ckpt-tmp"
+        temporary = f".{random_name()}.ckpt-tmp"
         path = self.path / name
         file = WriteFile.__new__(WriteFile)
         file.path, file.size = path, 0
@@ -545,7 +549,7 @@ class Folder:
     def write_link(self, name: str, target: str) -> None:
         """Make a symlink, replacing a file or link of that name. Its target is not looked at."""
         check_name(name)
-        temporary = f".{secrets.token_hex(6)}.ckpt-tmp"
+        temporary = f".{random_name()}.ckpt-tmp"
         with translated("write", self.path / name):
             os.symlink(target, temporary, dir_fd=self._fd)
             os.replace(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)

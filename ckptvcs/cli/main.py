@@ -62,6 +62,14 @@ class _Verbs(click.Group):
             raise _NoSuchVerb(f"{args[0]!r} is not a ckpt verb", hint, ctx)
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # Whoever read this has seen enough, as in `ckpt log | head`. click would make it an exit code.
+            _give_up_output()
+            return Exit.DONE
+
 
 class _NoSuchVerb(click.UsageError):
     def __init__(self, message: str, hint: str, ctx: click.Context) -> None:
@@ -115,13 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = ckpt.main(words, prog_name=NAME, standalone_mode=False)
-        sys.stdout.flush()
-        code = int(code or Exit.DONE)
-    except BrokenPipeError:
-        # Whoever read this has seen enough, as in `ckpt log | head`.
-        _give_up_output()
-        code = Exit.DONE
+        code = int(ckpt.main(words, prog_name=NAME, standalone_mode=False) or Exit.DONE)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         code = Exit.INTERRUPTED

@@ -78,13 +78,9 @@ def _settings(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 def revision_argument(*, required: bool = False) -> Callable[[_Function], _Function]:
     """REV; HEAD if it may be left out and is."""
-    return click.argument(
-        "revision",
-        metavar="REV" if required else "[REV]",
-        required=required,
-        default=None if required else "HEAD",
-        shell_complete=_revisions,
-    )
+    if required:
+        return click.argument("revision", metavar="REV", shell_complete=_revisions)
+    return click.argument("revision", metavar="[REV]", default="HEAD", shell_complete=_revisions)
 
 
 def branch_argument(name: str, metavar: str, **more: Any) -> Callable[[_Function], _Function]:

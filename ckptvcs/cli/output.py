@@ -172,6 +172,13 @@ def wrapped(words: Sequence[str], width: int, gap: str = "  ") -> list[str]:
     return lines
 
 
+def fitted(text: str, room: int) -> str:
+    """Text cut to so many columns, on a terminal only: there a long line would break a graph."""
+    if len(text) <= room or not sys.stdout.isatty():
+        return text
+    return text[: max(room, 20) - 1] + "…"
+
+
 def width() -> int:
     """Columns of the terminal, or 80."""
     return shutil.get_terminal_size((80, 24)).columns

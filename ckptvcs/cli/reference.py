@@ -32,10 +32,11 @@ An error is one line, and a second one if there is something to be done about it
     error: no branch, tag or commit is called 'mian'
     hint: did you mean main?
 
-Every verb that answers has `--json`, which prints one object to standard output and nothing else there. Keys \
-are never removed or given another meaning, only added. Bytes and times are exact (`time` is ISO 8601 in UTC, \
-`time_ns` nanoseconds since 1970), ids are whole, and `nan`, `inf` and `-inf` are texts, since JSON has no such \
-numbers. With `--json` an error is an object on standard output too, and the exit code is the same:
+Every verb that answers has `--json`, which prints one object to standard output and nothing else there. \
+Keys are never removed or given another meaning, only added. Bytes and times are exact (`time` is ISO \
+8601 in UTC, `time_ns` nanoseconds since 1970), ids are whole, and `nan`, `inf` and `-inf` are texts, \
+since JSON has no such numbers. With `--json` an error is an object on standard output too, and the exit \
+code is the same:
 
     {"error": {"code": "not-found", "message": "...", "hint": "...", "exit": 4}}
 

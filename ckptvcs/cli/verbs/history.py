@@ -112,13 +112,16 @@ class _Texts:
 
     def of(self, commit: Commit, width: int) -> list[str]:
         """One line, or two and more that fit the width where that can be."""
-        words = [output.paint(commit.id.short, fg="yellow")]
-        names = self._refs.get(commit.id)
-        if names:
-            words.append(output.paint(f"({', '.join(map(output.clean, names))})", fg="green"))
-        if commit.title:
-            words.append(output.clean(commit.title))
         numbers = self._numbers(commit)
+        names = ", ".join(map(output.clean, self._refs.get(commit.id, [])))
+        room = width - len(commit.id.short) - (len(names) + 3 if names else 0) - 1
+        if self._oneline:
+            room -= sum(len(word) + 2 for word in numbers)
+        words = [output.paint(commit.id.short, fg="yellow")]
+        if names:
+            words.append(output.paint(f"({names})", fg="green"))
+        if commit.title:
+            words.append(output.fitted(output.clean(commit.title), room))
         if self._oneline:
             return ["  ".join([" ".join(words), *numbers])]
         told = [*numbers, output.age(commit.time, self._now)]

@@ -11,7 +11,7 @@ import click
 from ckptvcs.cli import output, session
 from ckptvcs.cli.exits import Exit
 from ckptvcs.cli.options import branch_argument, json_option, tag_argument
-from ckptvcs.errors import CkptError, NotFoundError
+from ckptvcs.errors import CkptError, ExistsError, NotFoundError
 
 if TYPE_CHECKING:
     from ckptvcs.ids import ObjectId
@@ -170,6 +170,8 @@ def switch(name: str, create: bool, as_json: bool) -> None:
     with session.opened() as repo:
         current, head = repo.head()
         if create:
+            if name in repo.branches():
+                raise ExistsError(f"{name} exists already", hint=f"`ckpt switch {name}` moves HEAD to it")
             if head is not None:
                 repo.branch(name, head)
         elif name not in repo.branches() and (name != current or head is not None):

@@ -1,0 +1,148 @@
+"""ckpt gc, ckpt fsck, ckpt config."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ckptvcs import Repo
+from ckptvcs.disk import Disk
+from ckptvcs.store.format import Format
+from tests.cli.command import ckpt, commit_state, refused
+
+
+def test_gc_announces_holds_and_frees(repo: Repo, folder: Path) -> None:
+    commit_state(repo, 1)
+    commit_state(repo.on("worse"), 2)
+    repo.delete_branch("worse", force=True)
+
+    out = ckpt(folder, "gc").out
+    assert "Freed 0 B." in out
+    assert "stays recoverable for 24 h; `ckpt gc --grace 0` frees it now." in out
+
+    announced = ckpt(folder, "gc", "--dry-run", "--grace", "0", "--json").json
+    assert set(announced) == {
+        "dry_run", "freed", "records", "commits", "packs", "disk", "leftovers", "held", "grace", "expired",
+        "problems",
+    }  # fmt: skip
+    assert "Would free" in ckpt(folder, "gc", "--dry-run", "--grace", "0").out
+    freed = ckpt(folder, "gc", "--grace", "0", "--json").json
+    assert freed["freed"] == announced["freed"] > 0
+    assert repo.resolve("main").step == 1
+
+
+def test_gc_refuses(repo: Repo, folder: Path) -> None:
+    refused(
+        folder,
+        "gc",
+        "--grace",
+        "soon",
+        code=2,
+        words=(
+            "'soon'",
+            "24h",
+        ),
+    )
+    with Disk().lock(folder / ".ckpt" / "gc.lock"):
+        refused(folder, "gc", code=11)
+
+
+def test_fsck_is_content(states: Path) -> None:
+    out = ckpt(states, "fsck", "--full").out
+    assert "4 commits" in out
+    assert "All is well." in out
+    found = ckpt(states, "fsck", "--json").json
+    assert set(found) == {"ok", "full", "refs", "commits", "records", "packs", "bytes", "problems"}
+    assert (found["ok"], found["problems"]) == (True, [])
+
+
+def test_fsck_finds_a_truncated_pack(files: Path) -> None:
+    pack = next((files / ".ckpt" / "packs").rglob("*.pack"))
+    data = pack.read_bytes()
+    pack.chmod(0o644)
+    pack.write_bytes(data[: len(data) // 2])
+    done = ckpt(files, "fsck", code=13)
+    assert str(pack) in done.out
+    assert "found." in done.out
+    found = ckpt(files, "fsck", "--json", code=13).json
+    assert found["ok"] is False
+    assert set(found["problems"][0]) == {"message", "id", "path", "refs"}
+
+
+def test_fsck_rebuilds(files: Path) -> None:
+    with Repo.open(files) as repo:
+        before = (repo.head(), repo.branches())
+    shutil.rmtree(files / ".ckpt" / "meta")
+    (files / ".ckpt" / "meta").mkdir()
+    done = ckpt(files, "log", "-n", "1", "--oneline")
+    assert done.err.startswith("warning: ")
+    assert "rebuil" in done.err
+    assert "files 2" in done.out
+    found = ckpt(files, "fsck", "--rebuild", "--json").json
+    assert set(found["rebuilt"]) == {"packs", "records", "log_entries", "left_out", "problems"}
+    assert "Made the index anew" in ckpt(files, "fsck", "--rebuild").out
+    with Repo.open(files) as repo:
+        assert (repo.head(), repo.branches()) == before
+
+
+def test_a_newer_format_is_refused(files: Path) -> None:
+    path = files / ".ckpt" / "format"
+    stamp = Format.unpack(path.read_bytes(), "format")
+    path.chmod(0o644)
+    path.write_bytes(Format(stamp.repository, stamp.index, stamp.lmdb, stamp.grid, version=9).pack())
+    refused(
+        files,
+        "log",
+        code=14,
+        words=(
+            "format",
+            "newer ckptvcs",
+        ),
+    )
+
+
+def test_config(repo: Repo, folder: Path) -> None:
+    ckpt(folder, "config", "metric.bleu.mode", "max")
+    assert ckpt(folder, "config", "metric.bleu.mode").out == "max\n"
+    assert re.search(r"^gc\.grace +24h$", ckpt(folder, "config").out, re.MULTILINE)
+    assert ckpt(folder, "config", "--json").json == {
+        "settings": {
+            "compression": "balanced",
+            "environment": True,
+            "gc.grace": "24h",
+            "metric.bleu.mode": "max",
+        }
+    }
+    assert ckpt(folder, "config", "gc.grace", "7d", "--json").json == {"key": "gc.grace", "value": "7d"}
+    ckpt(folder, "config", "--unset", "gc.grace")
+    assert ckpt(folder, "config", "gc.grace").out == "24h\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("nope",), 2, ("'nope'", "gc.grace")),
+        (("nope", "1"), 2, ("'nope'", "gc.grace")),
+        (("compression", "tiny"), 2, ("'tiny'", "fast, balanced, small")),
+        (("author",), 4, ("author is not set",)),
+        (("--unset",), 2, ("--unset",)),
+    ],
+)
+def test_config_refuses(states: Path, arguments: tuple[str, ...], code: int, words: tuple[str, ...]) -> None:
+    refused(states, "config", *arguments, code=code, words=words)
+
+
+def test_a_broken_config_is_named(files: Path) -> None:
+    (files / ".ckpt" / "config.toml").write_text("compression = ")
+    refused(
+        files,
+        "log",
+        code=2,
+        words=(
+            "config.toml",
+            "mend it, or delete it",
+        ),
+    )
