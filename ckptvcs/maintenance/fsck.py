@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from ckptvcs.errors import CkptError, CorruptionError, NotFoundError
@@ -97,6 +98,7 @@ class _Checker:
         self._report = report
         self._bad: dict[ObjectId, str] = {}
         self._entries: dict[PackName, set[tuple[int, ObjectId]]] = {}
+        self._missing: dict[PackName, Path] = {}
 
     def _problem(
         self, error: CkptError | str, id: ObjectId | None = None, refs: Iterable[str] = ()
@@ -127,10 +129,9 @@ class _Checker:
                 self._entries[name] = {(entry.offset, entry.id) for entry in entries}
                 self._report.bytes += size - TRAILER_BYTES
             except FileNotFoundError:
-                with store.snapshot() as snapshot:
-                    if snapshot.pack(name) is None:
-                        continue  # collected meanwhile
-                self._problem(CorruptionError(f"the pack {path} is missing", path=str(path)))
+                # Harmless if nothing lies in it: a collector was interrupted between unlinking it and
+                # forgetting it. `_check_row` tells.
+                self._missing[name] = path
             except CkptError as error:
                 self._problem(error)
 
@@ -174,6 +175,13 @@ class _Checker:
         known = (row.offset, id) in self._entries.get(row.pack, ())
         if known and row.kind is Kind.CHUNK and not self._report.full:
             return
+        path = self._missing.get(row.pack)
+        if path is not None and self._still_in(id, row.pack):
+            missing = CorruptionError(f"the pack {path} is missing", path=str(path))
+            if not any(problem.path == str(path) for problem in self._report.problems):
+                self._problem(missing)
+            self._bad[id] = str(missing)
+            return
         try:
             self._read(reader, id, row)
         except NotFoundError:
@@ -181,6 +189,12 @@ class _Checker:
         except CkptError as error:
             self._bad[id] = str(error)
             self._problem(error, id)
+
+    def _still_in(self, id: ObjectId, pack: PackName) -> bool:
+        """Whether the record was not moved or collected since its row was read."""
+        with self._store.snapshot() as snapshot:
+            row = snapshot.row(id)
+        return row is not None and row.pack == pack
 
     def _read(self, reader: Reader, id: ObjectId, row: Row) -> None:
         if row.kind is Kind.CHUNK:

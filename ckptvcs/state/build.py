@@ -115,7 +115,7 @@ class Builder:
 
     def _file(self, name: str, entry: FileContent | LinkContent | Folder, top: bool) -> Node:
         if top:
-            self._enter(paths.name(name))
+            self._enter(name)
         if isinstance(entry, LinkContent):
             return Leaf(encode(Tagged(codes.LINK, encode(entry.target))))
         if isinstance(entry, FileContent):

@@ -8,6 +8,7 @@ unchecked: every step below the destination goes through `disk.Folder`.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,6 @@ from ckptvcs.errors import (
     InvalidError,
     NotFoundError,
     StorageError,
-    UnsupportedStateError,
 )
 from ckptvcs.ids import Buffer, Hasher, Kind, ObjectId, chunk_id
 from ckptvcs.state import tree as trees
@@ -88,8 +88,11 @@ class _FileSource:
 
     def read(self, offset: int, length: int) -> Buffer:
         # Opened for each read: a folder may hold more files than a process may have open.
-        with ReadFile(self._path) as file:
-            data = file.read(offset, length)
+        try:
+            with ReadFile(self._path) as file:
+                data = file.read(offset, length)
+        except FileNotFoundError:
+            raise _changed(self._path) from None
         aligned = offset % _PIECE == 0 and (length == _PIECE or offset + length == self.nbytes)
         if len(data) != length or (aligned and chunk_id(data) != self._pieces[offset // _PIECE]):
             raise _changed(self._path)
@@ -105,8 +108,8 @@ def _changed(path: Path) -> InvalidError:
 def collected(disk: Disk, paths: Mapping[str, StrPath]) -> StoredFolder:
     """Files and folders to store, by the path they get in the tree.
 
-    Hashes every file. NotFoundError for a path that is not there, InvalidError for an impossible tree
-    path, UnsupportedStateError listing sockets, devices and the like.
+    Hashes every file. NotFoundError for a path that is not there; InvalidError for an impossible tree
+    path, and for sockets, devices and the like, all of them listed.
     """
     root: dict[str, object] = {}
     odd: list[tuple[str, str]] = []
@@ -115,7 +118,11 @@ def collected(disk: Disk, paths: Mapping[str, StrPath]) -> StoredFolder:
         path = Path(source)
         try:
             folder = Folder.open(path.parent if path.name else path)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
+            raise NotFoundError(f"there is no file {path}") from None
+        except StorageError as error:
+            if error.errno != errno.ENOTDIR:
+                raise
             raise NotFoundError(f"there is no file {path}") from None
         with contextlib.closing(folder):
             content = (
@@ -125,23 +132,38 @@ def collected(disk: Disk, paths: Mapping[str, StrPath]) -> StoredFolder:
             )
         if content is None:
             continue
-        below = root
-        for step in steps[:-1]:
-            inner = below.setdefault(step, {})
-            if not isinstance(inner, dict):
-                raise InvalidError(f"{name!r} lies below a file of the same commit")
-            below = inner
-        if steps:
-            there = below.get(steps[-1])
-            if isinstance(there, dict) and isinstance(content, dict):
-                there.update(content)
-            else:
-                below[steps[-1]] = content
-        elif isinstance(content, dict):
-            below.update(content)
+        for step in reversed(steps):
+            content = {step: content}
+        if not isinstance(content, dict):
+            raise InvalidError(f"{name!r} is no name for a file", hint="give the file a name of its own")
+        _merge(root, content, "")
     if odd:
-        raise UnsupportedStateError(odd)
+        listed = "; ".join(f"{name}: {why}" for name, why in odd)
+        raise InvalidError(
+            f"{len(odd)} of the paths cannot be stored: {listed}",
+            hint="leave them out",
+            code="unsupported-leaf",
+        )
     return _sorted(root)
+
+
+def _merge(into: dict[str, object], more: Mapping[str, object], above: str) -> None:
+    """Add files and folders to those that are there. The same file twice is fine, two are not."""
+    for name, content in more.items():
+        there = into.setdefault(name, content)
+        if isinstance(there, dict) and isinstance(content, dict):
+            if there is not content:
+                _merge(there, content, f"{above}{name}/")
+        elif _identity(there) != _identity(content):
+            raise InvalidError(
+                f"two different things would be stored as {above + name!r}", hint="give each a path of its own"
+            )
+
+
+def _identity(content: object) -> object:
+    if isinstance(content, FileContent):
+        return content.size, content.mode, content.digest
+    return content.target if isinstance(content, LinkContent) else None
 
 
 def attached(disk: Disk, files: Mapping[str, StrPath]) -> StoredFolder:
@@ -195,7 +217,7 @@ def _collect_folder(disk: Disk, folder: Folder, shown: str, odd: list[tuple[str,
 
 
 def _hashed(folder: Folder, name: str) -> FileContent:
-    size, mode = folder.stat(name)
+    size, mode = _stat(folder, name)
     path = folder.path / name
     whole, pieces, done = Hasher(), [], 0
     with folder.open_file(name) as file:
@@ -208,6 +230,12 @@ def _hashed(folder: Folder, name: str) -> FileContent:
             done += len(piece)
     sources = [_FileSource(path.absolute(), size, pieces)] if size else []
     return FileContent(size, mode, bytes(whole.id()), 0, sources)
+
+
+def _stat(folder: Folder, name: str) -> tuple[int, int]:
+    """(size, permission bits). Without setuid, setgid and sticky, which no checkout may bring back."""
+    size, mode = folder.stat(name)
+    return size, mode & 0o777
 
 
 def _sorted(folder: Mapping[str, object]) -> StoredFolder:
@@ -368,7 +396,7 @@ def _compare(root: Folder, path: str, entry: FileEntry) -> str:
             return "other"
         if kind == "link":
             return "same" if folder.read_link(name) == entry.target else "other"
-        size, mode = folder.stat(name)
+        size, mode = _stat(folder, name)
         if size != entry.size or mode != entry.mode:
             return "other"
         whole, done = Hasher(), 0

@@ -445,7 +445,7 @@ class Index:
 
     @classmethod
     def open(cls, disk: Disk, folder: Path, index_id: str) -> Index:
-        """The index with this id. NotFoundError if there is none, or another: it must be rebuilt."""
+        """The index with this id. NotFoundError if there is none; CorruptionError if it is another's."""
         index = cls(disk, folder)
         if not disk.exists(index._data):
             raise NotFoundError(f"{folder} holds no index")
@@ -458,7 +458,11 @@ class Index:
             raise
         if found != index_id.encode():
             index.close()
-            raise NotFoundError(f"{folder} holds the index of another repository")
+            raise CorruptionError(
+                f"{folder} holds the index of another repository, or of an older copy of this one",
+                hint="`ckpt fsck --rebuild` makes the index anew from packs and journal",
+                path=str(folder),
+            )
         return index
 
     def _attach(self, *, create: bool) -> _Environment:
@@ -556,6 +560,13 @@ class Index:
                 hint="`ckpt fsck --rebuild` makes the index anew",
                 path=where,
             )
+        for refusal in ("Permission denied", "Read-only file system"):
+            if refusal in text:
+                return StorageError(
+                    f"cannot open the index {where}: {refusal.lower()}",
+                    hint="even reading needs write access to the repository's folder, for its locks",
+                    path=where,
+                )
         full = "No space left" in text
         if "Input/output error" in text or full:
             # LMDB reports a full disk as an I/O error on commit; its old content stays intact.

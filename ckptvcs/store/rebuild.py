@@ -2,18 +2,17 @@
 
 Runs under the exclusive repository lock, so nobody writes, reads or collects meanwhile. The new index is
 built aside and takes the place of the old one at the end; a crash before that leaves the old state, a
-crash after it an index whose id does not match `format`, which the next open rebuilds again.
+crash while they change places no index, which the next open makes again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from ckptvcs.disk import Disk
+from ckptvcs.disk import Disk, random_name
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.store.format import GRIDS, MAX_DEPTH, Entry, Format, Layout, PackName, unpack_object
@@ -45,7 +44,7 @@ def rebuild(
     report = Rebuilt()
     stamped = Format.unpack(disk.read(layout.format), str(layout.format)).with_new_index()
     clear_leftovers(disk, layout)
-    aside = layout.temporary / f"meta-{secrets.token_hex(6)}"
+    aside = layout.temporary / f"meta-{random_name()}"
     disk.make_dir(aside)
     index = Index.create(disk, aside, stamped.index)
     try:
@@ -75,12 +74,17 @@ def rebuild(
         if name != "data.mdb":
             disk.remove(aside / name)
     disk.sync_dir(aside)
-    old = layout.temporary / f"old-{secrets.token_hex(6)}"
+    # The old index goes first, then its id, then the new one comes: a crash in between leaves no index
+    # at all, which the next open makes again, and never one that does not fit `format`.
+    old = layout.temporary / f"old-{random_name()}"
     if disk.exists(layout.meta):
         disk.rename(layout.meta, old)
-    disk.rename(aside, layout.meta)
-    disk.sync_dir(layout.root)
+        disk.sync_dir(layout.temporary)
+        disk.sync_dir(layout.root)
     disk.replace(layout.format, stamped.pack())
+    disk.rename(aside, layout.meta)
+    disk.sync_dir(layout.temporary)
+    disk.sync_dir(layout.root)
     disk.remove_tree(old)
     return stamped, report
 

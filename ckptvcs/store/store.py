@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from ckptvcs.disk import Disk, Lock, usable_cpus
+from ckptvcs.disk import Disk, Lock, random_name, usable_cpus
 from ckptvcs.errors import (
     CkptError,
     CorruptionError,
@@ -29,7 +28,7 @@ from ckptvcs.errors import (
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.store.format import GRIDS, Format, Grid, Layout
 from ckptvcs.store.index import Change, Index, Snapshot
-from ckptvcs.store.journal import Drop, Journal, LogEntry, Move, Note, Operation, Pin
+from ckptvcs.store.journal import Drop, Expire, Journal, LogEntry, Move, Note, Operation, Pin
 from ckptvcs.store.leases import Lease
 from ckptvcs.store.reader import Reader
 from ckptvcs.store.rebuild import Rebuilt, clear_leftovers, rebuild
@@ -79,7 +78,7 @@ class Store:
             for name in disk.names(root.parent):
                 if name.startswith(f"{root.name}-init-"):  # left by a process that died in here
                     disk.remove_tree(root.parent / name)
-            aside = root.with_name(f"{root.name}-init-{secrets.token_hex(6)}")
+            aside = root.with_name(f"{root.name}-init-{random_name()}")
             disk.make_dir(aside)
             try:
                 cls._build(aside, disk, config, head, who)
@@ -143,6 +142,7 @@ class Store:
                     store.rebuilt = report
                     for problem in report.problems:
                         say(problem)
+            store._check_journal()
             store.catch_up_journal()
         except BaseException:
             store.close()
@@ -277,6 +277,9 @@ class Store:
         Durable on return.
         """
         self.format.check("write")
+        if any(isinstance(op, Expire) for op in operations):
+            # What leaves the log table must be in the journal already, or it could never get there.
+            self.catch_up_journal(must=True)
         with self.index.change() as change:
             for op in operations:
                 if isinstance(op, Move):
@@ -290,6 +293,20 @@ class Store:
         self.catch_up_journal()
         return entry
 
+    def _check_journal(self) -> None:
+        """Refuse an index that is older than the journal: it lost changes that were acknowledged."""
+        if not self.disk.exists(self.layout.journal):
+            return
+        # In this order: the journal never leads, whatever others append meanwhile.
+        written = self._journal.last_position()
+        with self.snapshot() as snapshot:
+            known = snapshot.position()
+        if written > known:
+            raise CorruptionError(
+                f"{self.layout.journal} is ahead of the index: the index lost changes",
+                hint="`ckpt fsck --rebuild` makes the index anew from packs and journal",
+            )
+
     def catch_up_journal(self, *, must: bool = False) -> None:
         """Append to `refs.journal` what the log has beyond it.
 
@@ -299,11 +316,6 @@ class Store:
 
         def entries_after(position: int) -> list[LogEntry]:
             with self.snapshot() as snapshot:
-                if position > snapshot.position():
-                    raise CorruptionError(
-                        f"{self.layout.journal} is ahead of the index: the index lost changes",
-                        hint="`ckpt fsck --rebuild` makes the index anew from packs and journal",
-                    )
                 return list(snapshot.log(after=position))
 
         try:
@@ -315,7 +327,7 @@ class Store:
                 newest = snapshot.position()
             if self._journal.last_position() != newest:
                 self._journal.append(entries_after)
-        except (StorageError, OSError) as error:
+        except (CkptError, OSError) as error:
             if must:
                 raise
             _log.warning("the journal could not be brought up to date: %s", error)
