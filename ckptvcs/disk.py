@@ -21,6 +21,7 @@ import os
 import shutil
 import stat
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -213,10 +214,31 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
+    def __del__(self) -> None:
+        self.release()
+
+
+class ThreadLock:
+    """A re-entrant lock between threads that a forked child finds free, whoever held it in the parent."""
+
+    _all: ClassVar[weakref.WeakSet[ThreadLock]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        ThreadLock._all.add(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
 
 def _drop_locks_in_child() -> None:
     for lock in list(Lock._held):
         lock.release()
+    for each in list(ThreadLock._all):
+        each._lock = threading.RLock()
 
 
 def in_forked_child(action: Callable[[], None]) -> None:
@@ -253,6 +275,10 @@ class Disk:
     def is_dir(self, path: Path) -> bool:
         """Whether the path is a folder."""
         return path.is_dir()
+
+    def is_file(self, path: Path) -> bool:
+        """Whether the path is a regular file, itself or through links."""
+        return path.is_file()
 
     def size(self, path: Path) -> int:
         """Bytes in the file. FileNotFoundError if it is not there."""

@@ -102,9 +102,7 @@ class StateMismatchError(InvalidError):
 
     code = "state-mismatch"
 
-    def __init__(
-        self, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]
-    ) -> None:
+    def __init__(self, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]) -> None:
         self.missing, self.unexpected, self.mismatched = (
             tuple(missing),
             tuple(unexpected),

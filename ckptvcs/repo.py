@@ -1,7 +1,7 @@
 """The façade: a handle on a repository, bound to one branch.
 
-The environment (`CKPT_REPO`, `CKPT_BRANCH`, `CKPT_AUTHOR`, `CKPT_THREADS`) is read here, when a handle
-opens, and nowhere else.
+The state layer and the maintenance verbs are imported by the methods that need them: they bring numpy and
+much else, for which `ckpt log` or `ckpt branch` must not wait.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import platform
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from ckptvcs import config as settings
-from ckptvcs.disk import Disk, StrPath, environment_variable, login
+from ckptvcs.disk import Disk, StrPath, ThreadLock
 from ckptvcs.errors import (
     CkptError,
     ConflictError,
@@ -34,14 +32,14 @@ from ckptvcs.history.commit import Commit, CommitReport, Component
 from ckptvcs.history.graph import History
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ids import Kind, ObjectId
-from ckptvcs.maintenance import fsck, gc
-from ckptvcs.state import files as file_trees
-from ckptvcs.state import restore as restoring
-from ckptvcs.state import tree as state_trees
-from ckptvcs.state.distributed import refuse_on_other_ranks
+from ckptvcs.opening import FOLDER, Environment, default_author, find, make_folders
 from ckptvcs.store import LogEntry, Move, Operation, Publication, Reader, Store, Writer
 
-FOLDER: Final = ".ckpt"
+if TYPE_CHECKING:
+    from ckptvcs.maintenance import fsck, gc
+    from ckptvcs.state import files as file_trees
+    from ckptvcs.state import tree as state_trees
+
 _log = logging.getLogger("ckptvcs")
 _RETRIES: Final = 10
 
@@ -112,7 +110,7 @@ class Repo:
         self._shared = shared
         self._owner = owner
         self._closed = False
-        self._mutex = threading.RLock()
+        self._mutex = ThreadLock()
         self._origin: ObjectId | None = None
         self._warned = False
         self._ref: str | None
@@ -133,17 +131,21 @@ class Repo:
 
     @classmethod
     def init(cls, path: StrPath, *, compression: str | None = None) -> Repo:
-        """Make a repository in the folder `path` (as `path/.ckpt`) and open it on the unborn branch
-        `main`. Missing folders are made.
+        """Make a repository in the folder `path` (as `path/.ckpt`), with HEAD on the unborn branch `main`,
+        and open it on `CKPT_BRANCH`, else on HEAD's. Missing folders are made.
 
         `compression` is 'fast', 'balanced' or 'small' and is recorded in the repository's config.
         ExistsError if there is one already. Durable on return.
         """
-        level = "" if compression is None else f'compression = "{_level(compression)}"\n'
+        level = (
+            ""
+            if compression is None
+            else f'compression = "{settings.checked("compression", compression, "compression")}"\n'
+        )
+        environ = Environment()
         disk = Disk()
         folder = Path(path)
-        _make_folders(disk, folder)
-        environ = _Environ()
+        make_folders(disk, folder)
         store = Store.create(
             folder.resolve() / FOLDER,
             disk,
@@ -152,7 +154,7 @@ class Repo:
             who=environ.author or default_author(),
             threads=environ.threads,
         )
-        return cls(_Shared(store, environ.author), None, owner=True)
+        return cls(_Shared(store, environ.author), environ.branch, owner=True)
 
     @classmethod
     def open(
@@ -179,12 +181,12 @@ class Repo:
 
         Raises NoRepositoryError, FormatError for a newer format, LockedError during a rebuild.
         """
-        environ = _Environ()
+        environ = Environment()
         disk = Disk()
         place = Path(path) if path is not None else environ.repo
         if create and place is None:
             raise InvalidError("create=True needs a path", hint="pass one, or set CKPT_REPO")
-        root = _find(disk, place if place is not None else Path.cwd())
+        root = find(disk, place if place is not None else Path.cwd())
         if root is None and create and place is not None:
             try:
                 cls.init(place).close()
@@ -214,10 +216,12 @@ class Repo:
         """Let go of the repository. The handle cannot be used afterwards; closing twice is fine."""
         if self._closed:
             return
-        self._closed = True
+        with self._mutex:
+            self._closed = True
         if self._owner:
             for child in self._shared.children:
-                child._closed = True
+                with child._mutex:  # a commit that another thread is making there ends first
+                    child._closed = True
             self._shared.store.close()
 
     def __enter__(self) -> Self:
@@ -317,6 +321,10 @@ class Repo:
             ConflictError: somebody else moved the branch; the commit is kept under `.rescued`.
             StorageError: disk full, quota, permissions; the repository is unchanged.
         """
+        from ckptvcs.state import files as file_trees
+        from ckptvcs.state import tree as state_trees
+        from ckptvcs.state.distributed import refuse_on_other_ranks
+
         refuse_on_other_ranks()
         attached = None if files is None else file_trees.attached(self._store.disk, files)
         return self._commit(
@@ -345,6 +353,9 @@ class Repo:
         `continues` says that the files come from the branch's tip, as when a person works on it, so
         that the commit is no fresh start.
         """
+        from ckptvcs.state import files as file_trees
+        from ckptvcs.state import tree as state_trees
+
         folder = file_trees.collected(self._store.disk, paths)
         return self._commit(
             lambda writer: state_trees.write(writer, files=folder),
@@ -381,7 +392,7 @@ class Repo:
             "overrides": {},
             "environment": environment.capture() if shared.config.get("environment") else {},
         }
-        with self._mutex:
+        with self._mutex, shared.store.operation():
             if continues and self._origin is None:
                 self._origin = self._tip
             ref, parents = self._lineage()
@@ -396,25 +407,30 @@ class Repo:
                     "sizes": sizes,
                 }
                 (id,) = writer.put_objects(Kind.COMMIT, [commits.encode_commit(**fields)])
-                lost = f"{refs.LOST}{ref.removeprefix(refs.HEADS)}/{id.short}"
+                lost = self._free_lost_name(ref, id)
                 stored = sum(tally.stored for tally in writer.tallies.values())
-                won = writer.publish(
-                    Publication(
-                        root=id,
-                        moves=(Move(ref, self._tip, id),),
-                        rescue=Move(lost, None, id),
-                        require=tuple(dict.fromkeys((*parents, *filter(None, [self._origin])))),
-                        time=fields["time"],
-                        who=fields["author"],
-                        why=f"commit: {message.splitlines()[0] if message else ''}".rstrip(": "),
-                        info={"given": sum(sizes.values()), "stored": stored},
-                    )
+                publication = Publication(
+                    root=id,
+                    moves=(Move(ref, self._tip, id),),
+                    rescue=Move(lost, None, id),
+                    require=tuple(dict.fromkeys((*parents, *filter(None, [self._origin])))),
+                    time=fields["time"],
+                    who=fields["author"],
+                    why=f"commit: {message.splitlines()[0] if message else ''}".rstrip(": "),
+                    info={"given": sum(sizes.values()), "stored": stored},
                 )
+                won = False
+                try:
+                    won = writer.publish(publication)
+                finally:
+                    # Also after an interruption: what became durable is where this handle stands.
+                    with contextlib.suppress(CkptError):
+                        if won or self._head()[1] == id:
+                            self._tip = self._origin = id
                 tallies = writer.tallies
             shared.store.catch_up_journal()
             if not won:
                 raise self._lost_race(ref, lost)
-            self._tip = self._origin = id
         components = {
             name: Component(
                 given=size,
@@ -433,6 +449,13 @@ class Repo:
             components=components,
         )
         return Commit(id=id, report=report, **fields)
+
+    def _free_lost_name(self, ref: str, id: ObjectId) -> str:
+        """Where the commit goes if it loses its race: 8 digits of its id, more if those are taken."""
+        place = f"{refs.LOST}{ref.removeprefix(refs.HEADS)}/"
+        with self._store.snapshot() as snapshot:
+            taken = snapshot.ref(place + id.short) is not None
+        return place + (str(id)[:32] if taken else id.short)
 
     def _lineage(self) -> tuple[str, tuple[ObjectId, ...]]:
         """The ref to move and the new commit's parents; refuses what would record a false parent."""
@@ -463,8 +486,7 @@ class Repo:
     def _lost_race(self, ref: str, lost: str) -> ConflictError:
         branch, kept = refs.shown(ref), refs.shown(lost)
         return ConflictError(
-            f"somebody else moved the branch {branch} since this handle saw it; "
-            f"the commit is kept as {kept}",
+            f"somebody else moved the branch {branch} since this handle saw it; the commit is kept as {kept}",
             hint=f"`ckpt branch NAME {kept}` makes it a branch of its own",
             rescued=kept,
         )
@@ -496,13 +518,14 @@ class Repo:
         For a commit of files: {path: bytes}. This is a read: it does not become the origin of a later
         commit; `restore` does.
         """
+        from ckptvcs.state import files as file_trees
+        from ckptvcs.state import tree as state_trees
+
         commit = self.resolve(rev)
         with self._reading(commit) as reader:
             if not state_trees.parts(reader, commit.tree).state:
                 return file_trees.contents(reader, commit.tree, only)
-            return state_trees.read(
-                reader, commit.tree, only=only, framework=framework, device=device
-            )
+            return state_trees.read(reader, commit.tree, only=only, framework=framework, device=device)
 
     def restore(
         self,
@@ -526,22 +549,21 @@ class Repo:
             strict: raise StateMismatchError, before anything is changed, if names or shapes differ.
             rename: stored path to path in `into`.
         """
+        from ckptvcs.state import restore as restoring
+
+        _, tip = self._head()
         if rev is None:
-            _, tip = self._head()
             if tip is None:
                 return Restored()
             rev = tip
         commit = self.resolve(rev)
         with self._reading(commit) as reader:
-            filled = restoring.fill(
-                reader, commit.tree, into, only=only, strict=strict, rename=rename
-            )
+            filled = restoring.fill(reader, commit.tree, into, only=only, strict=strict, rename=rename)
         with self._mutex:
             self._origin = commit.id
-            if self._ref is not None:
-                _, tip = self._head()
-                if tip == commit.id:
-                    self._tip = tip
+            # The tip may have moved on meanwhile: then the next commit meets a conflict, as it should.
+            if self._ref is not None and commit.id in (tip, self._head()[1]):
+                self._tip = commit.id
         return Restored(commit, filled.leftover, filled.missing, filled.unexpected)
 
     @contextlib.contextmanager
@@ -575,6 +597,8 @@ class Repo:
 
     def has_state(self, rev: str | ObjectId | Commit = "HEAD") -> bool:
         """Whether a commit holds a Python state; otherwise it holds files only."""
+        from ckptvcs.state import tree as state_trees
+
         with self._store.reader() as reader:
             return state_trees.parts(reader, self.resolve(rev).tree).state
 
@@ -582,6 +606,8 @@ class Repo:
         self, rev: str | ObjectId | Commit = "HEAD", only: str | Sequence[str] | None = None
     ) -> Iterator[state_trees.Entry]:
         """The leaves of a commit's state: paths, kinds, dtypes, shapes, bytes. Reads no tensor."""
+        from ckptvcs.state import tree as state_trees
+
         commit = self.resolve(rev)
         with self._store.reader() as reader:
             yield from state_trees.entries(reader, commit.tree, only)
@@ -592,11 +618,15 @@ class Repo:
         self, rev: str | ObjectId | Commit = "HEAD", only: str | Sequence[str] | None = None
     ) -> list[file_trees.FileEntry]:
         """The files of a commit, attached ones included, without their content."""
+        from ckptvcs.state import files as file_trees
+
         with self._store.reader() as reader:
             return list(file_trees.entries(reader, self.resolve(rev).tree, only))
 
     def file_status(self, rev: str | ObjectId | Commit = "HEAD") -> file_trees.FileStatus:
         """How the files in the repository's folder compare with a commit's."""
+        from ckptvcs.state import files as file_trees
+
         with self._store.reader() as reader:
             return file_trees.status(reader, self.resolve(rev).tree, self.path)
 
@@ -614,6 +644,8 @@ class Repo:
         ConflictError, with nothing written, if files there were changed since the commit HEAD is on;
         `force` overwrites them. HEAD stays where it is.
         """
+        from ckptvcs.state import files as file_trees
+
         _, head = self.head()
         with self._store.reader() as reader:
             base = {}
@@ -641,7 +673,7 @@ class Repo:
 
     def _new_ref(self, ref: str, rev: str | ObjectId | Commit, why: str) -> ObjectId:
         target = self._revisions.resolve(rev)
-        if self._store.update([Move(ref, None, target)], who=self.author, why=why) is None:
+        if not self.record([Move(ref, None, target)], why):
             raise ExistsError(f"{refs.shown(ref)} exists already", hint="choose another name")
         return target
 
@@ -697,9 +729,7 @@ class Repo:
                     hint=f"`ckpt {what} -d --force {name}` (force=True) deletes it all the same",
                     code="unmerged",
                 )
-            if shared.store.update(
-                [Move(ref, target, None)], who=self.author, why=f"delete {what}: {name}"
-            ):
+            if shared.store.update([Move(ref, target, None)], who=self.author, why=f"delete {what}: {name}"):
                 return target
         raise ConflictError(f"the {what} {name} keeps moving", hint="stop its writer, then try again")
 
@@ -722,7 +752,7 @@ class Repo:
                 old = snapshot.ref(refs.HEAD)
             if old == new:
                 return
-            if self._store.update([Move(refs.HEAD, old, new)], who=self.author, why=f"switch: {shown}"):
+            if self.record([Move(refs.HEAD, old, new)], f"switch: {shown}"):
                 return
         raise ConflictError("HEAD keeps moving", hint="try again")
 
@@ -738,13 +768,12 @@ class Repo:
 
     def record(self, operations: Sequence[Operation], why: str) -> bool:
         """Apply ref moves and annotations together; False if a ref was not where the move expects it."""
-        return self._store.update(operations, who=self.author, why=why) is not None
+        with self._store.operation():
+            return self._store.update(operations, who=self.author, why=why) is not None
 
     # -- maintenance -----------------------------------------------------------------------------
 
-    def gc(
-        self, grace: float | datetime.timedelta | str | None = None, dry_run: bool = False
-    ) -> gc.Report:
+    def gc(self, grace: float | datetime.timedelta | str | None = None, dry_run: bool = False) -> gc.Report:
         """Free what no ref reaches any more. Safe beside writers and readers.
 
         Args:
@@ -752,8 +781,11 @@ class Repo:
                 the config's `gc.grace` (24 h). 0 is just as safe.
             dry_run: only tell.
         """
+        from ckptvcs.maintenance import gc
+
         seconds = settings.seconds_of(self.config.get("gc.grace") if grace is None else grace)
-        return gc.collect(self._store, grace=seconds, dry_run=dry_run, who=self.author)
+        with self._store.operation():
+            return gc.collect(self._store, grace=seconds, dry_run=dry_run, who=self.author)
 
     def fsck(self, *, full: bool = False, rebuild: bool = False) -> fsck.Report:
         """Check the repository: refs, rows, packs and the ids of all objects; `full` hashes every byte.
@@ -761,56 +793,16 @@ class Repo:
         `rebuild` first makes the index anew from packs and journal; no other handle may be open then.
         Checking never deletes anything.
         """
+        from ckptvcs.maintenance import fsck
+
         store = self._store
         if rebuild:
             with self._mutex:
-                store.rebuilt = store.rebuild()
+                try:
+                    store.rebuilt = store.rebuild()
+                except BaseException:
+                    with contextlib.suppress(CkptError):  # refused: the handle goes on as before
+                        store.reopen()
+                    raise
                 store.reopen()
         return fsck.check(store, full=full)
-
-
-class _Environ:
-    """The process environment, read once per open."""
-
-    def __init__(self) -> None:
-        repo, threads = environment_variable("CKPT_REPO"), environment_variable("CKPT_THREADS")
-        self.repo = Path(repo) if repo else None
-        self.branch = environment_variable("CKPT_BRANCH")
-        self.author = environment_variable("CKPT_AUTHOR")
-        if threads and not (threads.isdecimal() and int(threads) > 0):
-            raise InvalidError(f"CKPT_THREADS is {threads!r}", hint="set it to a number from 1 up")
-        self.threads = int(threads) if threads else None
-
-
-def default_author() -> str:
-    """login@host."""
-    return f"{login()}@{platform.node() or 'localhost'}"
-
-
-def _level(compression: str) -> str:
-    settings.checked("compression", compression, "compression")
-    return compression
-
-
-def _find(disk: Disk, place: Path) -> Path | None:
-    """The `.ckpt` folder at `place` or above it."""
-    place = place.resolve()
-    if place.name == FOLDER and disk.exists(place / "format"):
-        return place
-    for folder in (place, *place.parents):
-        if disk.exists(folder / FOLDER / "format"):
-            return folder / FOLDER
-    return None
-
-
-def _make_folders(disk: Disk, folder: Path) -> None:
-    missing = []
-    current = folder.resolve()
-    while not disk.exists(current):
-        missing.append(current)
-        current = current.parent
-    if not disk.is_dir(current):
-        raise InvalidError(f"{current} is not a folder")
-    for each in reversed(missing):
-        disk.make_dir(each)
-        disk.sync_dir(each.parent)

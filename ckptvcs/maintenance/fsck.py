@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from ckptvcs.errors import CkptError, CorruptionError, NotFoundError
 from ckptvcs.ids import Kind, ObjectId
-from ckptvcs.store import Reader, Row, Store
+from ckptvcs.store import Move, Reader, Row, Store, Target
 from ckptvcs.store.format import TRAILER_BYTES, Entry, PackName, unpack_object
 from ckptvcs.store.packs import PackFile
 from ckptvcs.store.rebuild import Rebuilt
@@ -100,13 +100,9 @@ class _Checker:
         self._entries: dict[PackName, set[tuple[int, ObjectId]]] = {}
         self._missing: dict[PackName, Path] = {}
 
-    def _problem(
-        self, error: CkptError | str, id: ObjectId | None = None, refs: Iterable[str] = ()
-    ) -> None:
+    def _problem(self, error: CkptError | str, id: ObjectId | None = None, refs: Iterable[str] = ()) -> None:
         path = error.path if isinstance(error, CorruptionError) else None
-        self._report.problems.append(
-            Problem(str(error), None if id is None else str(id), path, tuple(refs))
-        )
+        self._report.problems.append(Problem(str(error), None if id is None else str(id), path, tuple(refs)))
 
     def check_packs(self) -> None:
         """Each published pack is there, as long as it was, with a whole footer."""
@@ -219,18 +215,28 @@ class _Checker:
 
     def check_refs(self) -> None:
         """Everything each ref reaches is stored and, as far as it was checked, sound."""
-        with self._store.snapshot() as snapshot:
-            refs = snapshot.refs()
+        try:
+            with self._store.snapshot() as snapshot:
+                refs = snapshot.refs()
+        except CkptError as error:
+            self._problem(error)
+            return
         self._report.refs = len(refs)
+        tips = {name: target for name, target in refs.items() if isinstance(target, ObjectId)}
+        if not any(self._is_bad(id, kind) for id, kind in self._closure(tips.values())):
+            return
+        # Only damage pays for a walk from each ref by itself.
         reached: dict[ObjectId, list[str]] = {}
-        for name, target in refs.items():
-            if isinstance(target, ObjectId):
-                for id, kind in self._closure(target):
-                    if id in self._bad or kind is None:
-                        reached.setdefault(id, []).append(name)
+        for name, target in tips.items():
+            for id, kind in self._closure([target]):
+                if self._is_bad(id, kind):
+                    reached.setdefault(id, []).append(name)
         for id, names in reached.items():
             why = self._bad.get(id, f"{id.short} is referred to but missing")
             self._problem(f"{', '.join(names)} cannot be restored whole: {why}", id, names)
+
+    def _is_bad(self, id: ObjectId, kind: Kind | None) -> bool:
+        return kind is None or id in self._bad
 
     def check_journal(self) -> None:
         """`refs.journal` is whole and says what the log says, as far as both go."""
@@ -242,23 +248,40 @@ class _Checker:
         except CkptError as error:
             self._problem(error)
             return
-        with self._store.snapshot() as snapshot:
-            for entry in snapshot.log():
-                if written.get(entry.position, entry) != entry:
-                    self._problem(f"{self._store.layout.journal}: entry {entry.position} is not the log's")
+        try:
+            with self._store.snapshot() as snapshot:
+                log = list(snapshot.log())
+                refs = snapshot.refs()
+        except CkptError as error:
+            self._problem(error)
+            return
+        for entry in log:
+            if written.get(entry.position, entry) != entry:
+                self._problem(f"{self._store.layout.journal}: entry {entry.position} is not the log's")
+        moved: dict[str, Target | None] = {}
+        for entry in (*written.values(), *(entry for entry in log if entry.position not in written)):
+            moved |= {op.name: op.new for op in entry.operations if isinstance(op, Move)}
+        for name in sorted(moved.keys() | refs.keys()):
+            if moved.get(name) != refs.get(name):
+                self._problem(f"{name} is not where the log says it was moved to", None, (name,))
 
-    def _closure(self, root: ObjectId) -> Iterator[tuple[ObjectId, Kind | None]]:
-        """All a commit reaches; kind None for what is missing. Below the unreadable nothing is known."""
+    def _closure(self, roots: Iterable[ObjectId]) -> Iterator[tuple[ObjectId, Kind | None]]:
+        """All that commits reach; kind None for what is missing or whose row is damaged. Below the
+        unreadable nothing is known."""
         seen: set[ObjectId] = set()
-        waiting = [root]
+        waiting = list(roots)
         with self._store.reader() as reader:
             while waiting:
                 id = waiting.pop()
                 if id in seen:
                     continue
                 seen.add(id)
-                with self._store.snapshot() as snapshot:
-                    row = snapshot.row(id)
+                row = None
+                try:
+                    with self._store.snapshot() as snapshot:
+                        row = snapshot.row(id)
+                except CorruptionError as error:
+                    self._bad[id] = str(error)
                 if row is None:
                     yield id, None
                     continue

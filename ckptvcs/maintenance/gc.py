@@ -35,6 +35,8 @@ LOST_DAYS: Final = 30
 _DAY: Final = 86_400
 _SLICE: Final = 10_000
 """Rows one transaction reads or deletes."""
+_AT_ONCE: Final = 64 << 20
+"""Bytes of objects held in memory while marking."""
 _LOST_COMPARISONS: Final = 3
 _ORDER: Final = {Kind.COMMIT: 0, Kind.TREE: 1, Kind.CHUNK_LIST: 2, Kind.CHUNK: 3}
 
@@ -190,8 +192,9 @@ class _Collection:
             else:
                 with self._store.snapshot() as snapshot:
                     rows = {id: snapshot.row(id) for id in fresh}
-            objects: dict[Kind, list[ObjectId]] = {}
-            for id, kind in fresh.items():
+            objects: list[tuple[Kind, list[ObjectId]]] = []
+            size = _AT_ONCE
+            for id, kind in sorted(fresh.items(), key=lambda item: item[1]):
                 row = rows[id]
                 if row is None:
                     raise CorruptionError(
@@ -202,8 +205,12 @@ class _Collection:
                 if row.base is not None:
                     waiting.append((Kind.CHUNK, row.base))
                 if row.kind is not Kind.CHUNK:
-                    objects.setdefault(row.kind, []).append(id)
-            for kind, ids in objects.items():
+                    if size + row.raw > _AT_ONCE or objects[-1][0] is not row.kind:
+                        objects.append((row.kind, []))
+                        size = 0
+                    objects[-1][1].append(id)
+                    size += row.raw
+            for kind, ids in objects:
                 for id, payload in zip(ids, reader.objects(kind, ids), strict=True):
                     waiting += unpack_object(payload, child_name(kind, id))[0]
 
@@ -329,9 +336,7 @@ class _Collection:
                 for name in group:
                     self._unlink(name)
 
-    def _work(
-        self, live: dict[PackName, dict[ObjectId, Row]]
-    ) -> tuple[list[PackName], list[list[PackName]]]:
+    def _work(self, live: dict[PackName, dict[ObjectId, Row]]) -> tuple[list[PackName], list[list[PackName]]]:
         """Packs to unlink, and groups of packs whose live records go into one new pack each."""
         with self._store.snapshot() as snapshot:
             packs = snapshot.packs()
@@ -456,6 +461,3 @@ class _Collection:
 
 def _commits_of(targets: Iterable[Target | None]) -> set[ObjectId]:
     return {target for target in targets if isinstance(target, ObjectId)}
-
-
-

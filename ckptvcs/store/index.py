@@ -31,7 +31,7 @@ import lmdb
 
 from ckptvcs import canonical
 from ckptvcs.disk import Disk, in_forked_child
-from ckptvcs.errors import CorruptionError, FormatError, LockedError, NotFoundError, StorageError
+from ckptvcs.errors import CkptError, CorruptionError, FormatError, LockedError, NotFoundError, StorageError
 from ckptvcs.ids import ID_BYTES, Buffer, Kind, ObjectId
 from ckptvcs.store.format import DAMAGED, HAS_BASE, PackName, record_bytes
 from ckptvcs.store.journal import (
@@ -155,9 +155,7 @@ class Snapshot:
         value: bytes | None = self._txn.get(TABLES[table] + key)
         return value
 
-    def _items(
-        self, table: str, start: bytes = b"", prefix: bytes = b""
-    ) -> Iterator[tuple[bytes, bytes]]:
+    def _items(self, table: str, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         first = TABLES[table] + max(start, prefix)
         prefix = TABLES[table] + prefix
         cursor = self._txn.cursor()
@@ -208,9 +206,7 @@ class Snapshot:
 
     def packs(self) -> dict[PackName, PackInfo]:
         """All published packs."""
-        return {
-            PackName.from_key(key): PackInfo(*_PACK.unpack(value)) for key, value in self._items("packs")
-        }
+        return {PackName.from_key(key): PackInfo(*_PACK.unpack(value)) for key, value in self._items("packs")}
 
     # refs and log
 
@@ -221,9 +217,7 @@ class Snapshot:
 
     def refs(self, prefix: str = "") -> dict[str, Target]:
         """All refs whose names start with `prefix`, in name order."""
-        return {
-            key.decode(): _target(value) for key, value in self._items("refs", prefix=prefix.encode())
-        }
+        return {key.decode(): _target(value) for key, value in self._items("refs", prefix=prefix.encode())}
 
     def position(self) -> int:
         """Position of the newest log entry; 0 in a new repository."""
@@ -259,9 +253,7 @@ class Snapshot:
 
     def notes(self, commit: ObjectId) -> dict[str, Any]:
         """Notes of a commit by key."""
-        return {
-            key[ID_BYTES:].decode(): _scalar(value) for key, value in self._items("notes", prefix=commit)
-        }
+        return {key[ID_BYTES:].decode(): _scalar(value) for key, value in self._items("notes", prefix=commit)}
 
     def pins(self) -> set[ObjectId]:
         """Pinned commits."""
@@ -424,6 +416,7 @@ class Index:
         self._data = folder / "data.mdb"
         self._shared: _Environment | None = None
         self._process = -1
+        self._closed = False
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -467,6 +460,8 @@ class Index:
 
     def _attach(self, *, create: bool) -> _Environment:
         with _open_lock:
+            if self._closed:
+                raise CkptError("this repository handle is closed", code="closed", hint="open it again")
             if self._shared is not None and self._process == self._disk.process():
                 return self._shared
             key = None if create else self._disk.same_file(self._data)
@@ -483,16 +478,33 @@ class Index:
                         mode=0o644,
                         **_LIBRARY,
                     )
-                    env.reader_check()
+                    try:
+                        self._check_length(env)
+                        env.reader_check()
+                    except BaseException:
+                        env.close()
+                        raise
                 shared = _Environment(env, self._disk.same_file(self._data))
                 _open[shared.key] = shared
             shared.users += 1
             self._shared, self._process = shared, self._disk.process()
             return shared
 
+    def _check_length(self, env: Any) -> None:
+        """A file cut short must be noticed before its missing pages are touched: that is a SIGBUS."""
+        needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        size = self._disk.size(self._data)
+        if size < needed:
+            raise CorruptionError(
+                f"{self._data} is cut short: {size} bytes instead of {needed}",
+                hint="`ckpt fsck --rebuild` makes the index anew",
+                path=str(self._data),
+            )
+
     def close(self) -> None:
         """Let go. The environment closes with its last user in the process."""
         with _open_lock:
+            self._closed = True
             shared, self._shared = self._shared, None
             if shared is None or self._process != self._disk.process():
                 return

@@ -8,11 +8,10 @@ of the lease's UUID and a running number, so no name is ever used twice.
 from __future__ import annotations
 
 import contextlib
-import threading
 import uuid
 from typing import Final
 
-from ckptvcs.disk import Disk, Lock
+from ckptvcs.disk import Disk, Lock, ThreadLock
 from ckptvcs.errors import LockedError, StorageError
 from ckptvcs.store.format import Layout, PackName
 
@@ -25,7 +24,7 @@ class Lease:
     def __init__(self, disk: Disk, layout: Layout) -> None:
         self._disk = disk
         self._layout = layout
-        self._mutex = threading.Lock()
+        self._mutex = ThreadLock()
         self._lock: Lock | None = None
         self._process = -1
         self._id = b""

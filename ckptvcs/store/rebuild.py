@@ -8,6 +8,7 @@ crash while they change places no index, which the next open makes again.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,22 +35,26 @@ class Rebuilt:
     problems: list[str] = field(default_factory=list)
 
 
-def rebuild(
-    disk: Disk, layout: Layout, pool: Callable[[], ThreadPoolExecutor]
-) -> tuple[Format, Rebuilt]:
+def rebuild(disk: Disk, layout: Layout, pool: Callable[[], ThreadPoolExecutor]) -> tuple[Format, Rebuilt]:
     """Write a new index and the `format` file that names it. Durable on return.
 
     The caller holds `lock` exclusively and has no index open.
     """
     report = Rebuilt()
     stamped = Format.unpack(disk.read(layout.format), str(layout.format)).with_new_index()
+    if not disk.exists(layout.journal):
+        raise CorruptionError(
+            f"{layout.journal} is missing, so the refs cannot be rebuilt",
+            hint="put back a copy of it; an empty file gives all refs up and keeps the data",
+            path=str(layout.journal),
+        )
     clear_leftovers(disk, layout)
     aside = layout.temporary / f"meta-{random_name()}"
     disk.make_dir(aside)
     index = Index.create(disk, aside, stamped.index)
     try:
         candidates = _scan(disk, layout, report)
-        rows = _choose(candidates, report)
+        rows = _choose(candidates, report, lambda *place: _is_sound(disk, layout, *place))
         with index.change() as change:
             for pack, info in sorted(candidates.packs.items()):
                 change.put_pack(pack, info)
@@ -106,12 +111,16 @@ class _Candidates:
 
 
 def pack_names(disk: Disk, layout: Layout) -> list[PackName]:
-    """Every sealed pack on disk, in name order."""
+    """Every sealed pack on disk, in name order. What else lies in `packs/` is left alone."""
     found = []
     for folder in disk.names(layout.packs):
+        if not re.fullmatch("[0-9a-f]{2}", folder) or not disk.is_dir(layout.packs / folder):
+            continue
         for file in disk.names(layout.packs / folder):
             name = PackName.parse(file)
-            if name is not None and layout.pack(name).parent.name == folder:
+            if name is None or layout.pack(name).parent.name != folder:
+                continue
+            if disk.is_file(layout.pack(name)):
                 found.append(name)
     return sorted(found)
 
@@ -134,14 +143,23 @@ def _scan(disk: Disk, layout: Layout, report: Rebuilt) -> _Candidates:
     return found
 
 
-def _choose(candidates: _Candidates, report: Rebuilt) -> dict[ObjectId, Row]:
-    """One row per id: plain frames first, then by least depth, never a cycle; ties by pack name."""
+def _choose(
+    candidates: _Candidates, report: Rebuilt, is_sound: Callable[[PackName, Entry], bool]
+) -> dict[ObjectId, Row]:
+    """One row per id: plain frames first, then by least depth, never a cycle; ties by pack name.
+
+    Of several plain copies the first sound one is taken: the next collection drops the others.
+    """
     rows: dict[ObjectId, Row] = {}
     deltas: list[tuple[ObjectId, PackName, Entry]] = []
     for id, places in candidates.entries.items():
         plain = [place for place in places if place[1].base is None]
         if plain:
-            name, entry = min(plain, key=lambda place: (place[0], place[1].offset))
+            plain.sort(key=lambda place: (place[0], place[1].offset))
+            name, entry = plain[0]
+            if len(plain) > 1:
+                sound = (place for place in plain if is_sound(*place))
+                name, entry = next(sound, plain[0])
             rows[id] = _row(name, entry, 0)
         else:
             deltas += [(id, name, entry) for name, entry in places]
@@ -158,6 +176,17 @@ def _choose(candidates: _Candidates, report: Rebuilt) -> dict[ObjectId, Row]:
         report.left_out += len(lost)
         report.problems.append(f"{len(lost)} frames have no base and were left out")
     return rows
+
+
+def _is_sound(disk: Disk, layout: Layout, name: PackName, entry: Entry) -> bool:
+    """Whether a record is the one its footer entry names and its payload passes its check."""
+    try:
+        with contextlib.closing(PackFile(disk, layout.pack(name))) as pack:
+            header = pack.header(entry.offset)
+            pack.payload(header, entry.offset)
+    except CkptError:
+        return False
+    return header.id == entry.id
 
 
 def _row(name: PackName, entry: Entry, depth: int) -> Row:

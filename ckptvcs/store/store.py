@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +61,7 @@ class Store:
         self._shared_lock: Lock | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._process = disk.process()
+        self._thread = threading.local()
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -150,8 +152,9 @@ class Store:
         return store
 
     def _try_open(self) -> bool:
-        """Take the shared lock and open the index; False if there is none that fits."""
+        """Take the shared lock and open the index; False if there is none."""
         self._read_format()
+        self._make_missing_folders()
         self._shared_lock = self._lock(shared=True)
         # Read again under the lock: a rebuild may just have renewed the index id.
         self._read_format()
@@ -162,6 +165,18 @@ class Store:
             self._shared_lock = None
             return False
         return True
+
+    def _make_missing_folders(self) -> None:
+        """Empty folders get lost when a repository is copied by git, rsync or an object store."""
+        missing = [
+            folder
+            for folder in self.layout.folders
+            if folder != self.layout.meta and not self.disk.exists(folder)
+        ]
+        for folder in missing:
+            self.disk.make_dir(folder)
+        if missing:
+            self.disk.sync_dir(self.layout.root)
 
     def _read_format(self) -> None:
         try:
@@ -222,6 +237,30 @@ class Store:
         self._executor = None
         self._close_index()
 
+    def __del__(self) -> None:
+        # Who forgets to close a handle shall not block a rebuild for the rest of the process.
+        with contextlib.suppress(Exception):
+            self._close_index()
+
+    @contextlib.contextmanager
+    def operation(self) -> Iterator[None]:
+        """A change, from its first look to its last step: at most one at a time in each thread.
+
+        A signal handler, or a `state_dict()` that commits, would otherwise run a second change inside
+        the first, which waits for the first one's locks or overtakes it.
+        """
+        if getattr(self._thread, "busy", False):
+            raise CkptError(
+                "a change of this repository is already under way in this thread",
+                code="busy",
+                hint="in a signal handler set a flag, and commit between two steps",
+            )
+        self._thread.busy = True
+        try:
+            yield
+        finally:
+            self._thread.busy = False
+
     # -- parts -----------------------------------------------------------------------------------
 
     @property
@@ -235,10 +274,11 @@ class Store:
         if self._index is None:
             raise CkptError("this repository handle is closed", code="closed")
         if self._process != self.disk.process():
-            # A forked child: the parent's threads and locks did not come along.
-            self._process = self.disk.process()
-            self._executor = None
+            # A forked child: the parent's threads and locks did not come along. It is settled only
+            # once it holds a lock of its own.
             self._shared_lock = self._lock(shared=True)
+            self._executor = None
+            self._process = self.disk.process()
         return self._index
 
     @property
@@ -262,9 +302,7 @@ class Store:
     def writer(self) -> Writer:
         """A scope for writing one commit."""
         self.format.check("write")
-        return Writer(
-            self.disk, self.layout, self.index, self.grid, self._lease, self._pool, self.threads
-        )
+        return Writer(self.disk, self.layout, self.index, self.grid, self._lease, self._pool, self.threads)
 
     # -- roots -----------------------------------------------------------------------------------
 
@@ -319,6 +357,8 @@ class Store:
                 return list(snapshot.log(after=position))
 
         try:
+            if must:
+                self._check_journal()
             if not self.disk.exists(self.layout.journal):
                 _log.warning("%s is missing; writing it anew from the index", self.layout.journal)
                 self._journal.create()

@@ -253,7 +253,7 @@ def candidates(*places: tuple[ObjectId, PackName, int, ObjectId | None]) -> _Can
 
 def chosen(*places: tuple[ObjectId, PackName, int, ObjectId | None]) -> tuple[dict[ObjectId, Row], Rebuilt]:
     report = Rebuilt()
-    return _choose(candidates(*places), report), report
+    return _choose(candidates(*places), report, lambda *_: True), report
 
 
 def test_plain_frames_are_preferred() -> None:
