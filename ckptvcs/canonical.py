@@ -24,7 +24,7 @@ BIGINT: Final = 1
 """Extension code of integers beyond 64 bit; codes above it are the tree's (docs/format.md)."""
 
 MAX_DEPTH: Final = 200
-"""Containers within containers, in one encoded value."""
+"""A container lies within at most so many others, in one encoded value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,28 @@ def _pack(value: Any) -> bytes:
 
 
 def encode(value: Any) -> bytes:
-    """The canonical bytes of `value`. TypeError for a type outside the subset."""
-    return _pack(value)
+    """The canonical bytes of `value`. TypeError for a type outside the subset; ValueError if too deep."""
+    packed = _pack(value)
+    if len(packed) > MAX_DEPTH and _too_deep(value):
+        raise ValueError(f"nested deeper than {MAX_DEPTH} containers")
+    return packed
+
+
+def _too_deep(value: Any) -> bool:
+    level = [value] if type(value) in _CONTAINERS else []
+    for _ in range(MAX_DEPTH + 1):
+        if not level:
+            return False
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in _CONTAINERS
+        ]
+    return bool(level)
+
+
+_CONTAINERS: Final = (list, dict)
 
 
 def _restore(code: int, payload: bytes) -> Any:
@@ -79,10 +99,14 @@ def decode(data: Buffer) -> Any:
             unicode_errors="surrogatepass",
         )
         again = _pack(value)
+    except (MemoryError, RecursionError):  # says something of this process, nothing of the bytes
+        raise
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
         raise NotCanonicalError(f"not a canonical value: {type(error).__name__}: {error}") from None
     if again != data:
         raise NotCanonicalError("not the shortest encoding of its value")
+    if len(again) > MAX_DEPTH and _too_deep(value):
+        raise NotCanonicalError(f"nested deeper than {MAX_DEPTH} containers")
     # The library turns extension -1 into a Timestamp behind our hook. Its three headers are rare
     # enough in real data that the walk over the value almost never happens.
     if any(header in again for header in _TIMESTAMP_HEADERS) and _holds_timestamp(value):

@@ -12,10 +12,12 @@ may know them); a known key with an impossible value is an error that names it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Final
 
 from ckptvcs.errors import InvalidError
@@ -31,15 +33,27 @@ def seconds_of(duration: str | float | datetime.timedelta) -> float:
     if isinstance(duration, datetime.timedelta):
         seconds = duration.total_seconds()
     elif isinstance(duration, (int, float)) and not isinstance(duration, bool):
-        seconds = float(duration)
+        try:
+            seconds = float(duration)
+        except OverflowError:
+            seconds = math.inf
     else:
         found = _DURATION.match(duration) if isinstance(duration, str) else None
         if not found:
-            raise InvalidError(f"{duration!r} is not a duration", hint="as in 0, 30m, 24h or 7d")
+            raise InvalidError(f"{_shown(duration)} is not a duration", hint="as in 0, 30m, 24h or 7d")
         seconds = float(found[1]) * _UNITS[found[2]]
     if not 0 <= seconds < 1e10:
-        raise InvalidError(f"{duration!r} is not a duration", hint="as in 0, 30m, 24h or 7d")
+        raise InvalidError(f"{_shown(duration)} is not a duration", hint="as in 0, 30m, 24h or 7d")
     return seconds
+
+
+def _shown(value: object) -> str:
+    """A value for a message, however long it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of more digits than Python writes, lists within lists
+        return f"such a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 class Config:
@@ -50,9 +64,14 @@ class Config:
         self._where = where
         try:
             self._values: Mapping[str, Any] = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            flat = flatten(self._values)
+        except ValueError as error:  # tomllib's own, and an int of too many digits
             raise InvalidError(f"{where} cannot be read: {error}", hint="mend it, or delete it") from None
-        for key, value in flatten(self._values).items():
+        except RecursionError:
+            raise InvalidError(
+                f"{where} cannot be read: it is nested too deeply", hint="mend it, or delete it"
+            ) from None
+        for key, value in flat.items():
             if known(key):
                 checked(key, value, where)
 
@@ -67,7 +86,7 @@ class Config:
 
     def metric_mode(self, metric: str) -> str | None:
         """'min', 'max', or None if the file does not say."""
-        found = self._values.get("metric", {}).get(metric, {}).get("mode")
+        found = flatten(self._values).get(f"metric.{metric}.mode")
         return str(found) if found is not None else None
 
     def with_value(self, key: str, text: str | None) -> str:
@@ -76,13 +95,22 @@ class Config:
 
         if not known(key):
             raise InvalidError(f"there is no setting called {key!r}", hint=f"there are {', '.join(KNOWN)}")
-        document = tomlkit.parse(self._text)
+        try:
+            document = tomlkit.parse(self._text)
+        except (ValueError, RecursionError):
+            raise InvalidError(f"{self._where} cannot be changed", hint="mend it, or delete it") from None
         *folders, last = split_key(key)
         table: Any = document
         for folder in folders:
             if folder not in table:
+                if text is None:
+                    return self._text
                 table[folder] = tomlkit.table()
             table = table[folder]
+            if not isinstance(table, MutableMapping):
+                raise InvalidError(
+                    f"{self._where}: {folder} is not a table, so {key} has no place", hint="mend the file"
+                )
         if text is None:
             table.pop(last, None)
         else:
@@ -109,7 +137,8 @@ def split_key(key: str) -> list[str]:
 
 def known(key: str) -> bool:
     """Whether this program knows a setting of that name."""
-    return key in _DEFAULTS or (len(split_key(key)) == 3 and key.startswith("metric."))
+    first, *rest = split_key(key)
+    return key in _DEFAULTS or (first == "metric" and len(rest) == 2 and rest[0] != "" and rest[1] == "mode")
 
 
 def checked(key: str, value: Any, where: str) -> Any:
@@ -121,16 +150,19 @@ def checked(key: str, value: Any, where: str) -> Any:
     if key == "environment" and isinstance(value, bool):
         return value
     if key == "gc.grace":
-        seconds_of(value)
-        return value
+        with contextlib.suppress(InvalidError):
+            seconds_of(value)
+            return value
     if key.startswith("metric.") and value in _MODES:
         return value
     choices = {
         "author": "a name",
         "compression": ", ".join(COMPRESSION_LEVELS),
         "environment": "true or false",
+        "gc.grace": "a duration, as in 0, 30m, 24h or 7d",
     }.get(key, " or ".join(_MODES))
-    raise InvalidError(f"{where}: {key} cannot be {value!r}", hint=f"choose {choices}")
+    place = "" if where == key else f"{where}: "
+    raise InvalidError(f"{place}{key} cannot be {_shown(value)}", hint=f"choose {choices}")
 
 
 def _value_of(key: str, text: str) -> Any:

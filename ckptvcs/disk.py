@@ -586,6 +586,12 @@ class Folder:
         with translated("remove", self.path / name), contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._fd)
 
+    def remove_folder(self, name: str) -> None:
+        """Remove an empty folder. StorageError if it is not empty."""
+        check_name(name)
+        with translated("remove", self.path / name):
+            os.rmdir(name, dir_fd=self._fd)
+
     def sync(self) -> None:
         """Return when the names in this folder are on the medium."""
         with translated("sync", self.path):
@@ -611,5 +617,18 @@ class Folder:
 
 def check_name(name: str) -> None:
     """Refuse a name that is not exactly one ordinary step below a folder."""
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise StorageError(f"refusing the file name {name!r}: it would leave its folder")
+    if name in ("", ".", "..") or "/" in name or not _nameable(name):
+        raise StorageError(f"refusing the file name {name!r}: it is no step below a folder")
+
+
+def check_target(target: str) -> None:
+    """Refuse text that no symbolic link can hold."""
+    if not target or not _nameable(target):
+        raise StorageError(f"refusing the link target {target!r}: no link can point there")
+
+
+def _nameable(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        return False

@@ -35,7 +35,7 @@ class Environment:
         if self.branch is not None:
             refs.check_name(self.branch, "branch")
         self.author = environment_variable("CKPT_AUTHOR")
-        if threads and not (threads.isdecimal() and int(threads) > 0):
+        if threads and not (threads.isdecimal() and len(threads) < 5 and int(threads) > 0):
             raise InvalidError(f"CKPT_THREADS is {threads!r}", hint="set it to a number from 1 up")
         self.threads = int(threads) if threads else None
 

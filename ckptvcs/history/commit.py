@@ -6,12 +6,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from ckptvcs import canonical
 from ckptvcs.errors import CorruptionError, InvalidError, UnsupportedStateError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.store.format import pack_object, unpack_object
+
+MAX_DEPTH: Final = 100
+"""Containers within containers in a config."""
+
+MAX_VALUES: Final = 1 << 20
+"""Values in a config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,35 +159,36 @@ def decode_commit(id: ObjectId, payload: bytes) -> Commit:
     where = f"commit {id.short}"
     references, body = unpack_object(payload, where)
     try:
-        fields: dict[str, Any] = canonical.decode(body)
+        fields = canonical.decode(body)
+        if type(fields) is not dict:
+            raise ValueError("its body is no map")
 
-        def commit_at(position: int) -> ObjectId:
+        def named(position: Any, wanted: Kind) -> ObjectId:
+            if type(position) is not int or not 0 <= position < len(references):
+                raise ValueError("a reference outside the table")
             kind, found = references[position]
-            if kind is not Kind.COMMIT or position < 0:
-                raise ValueError("a parent is not a commit")
+            if kind is not wanted:
+                raise ValueError(f"a {kind.label} where a {wanted.label} belongs")
             return found
 
-        kind, tree = references[fields["tree"]]
-        if kind is not Kind.TREE:
-            raise ValueError("its tree is not a tree")
         origin = fields["origin"]
         return Commit(
             id=id,
-            tree=tree,
-            parents=tuple(commit_at(p) for p in fields["parents"]),
-            origin=None if origin is None else commit_at(origin),
+            tree=named(fields["tree"], Kind.TREE),
+            parents=tuple(named(p, Kind.COMMIT) for p in _typed(fields, "parents", list)),
+            origin=None if origin is None else named(origin, Kind.COMMIT),
             author=_typed(fields, "author", str),
             time=_typed(fields, "time", int),
             message=_typed(fields, "message", str),
             step=_typed(fields, "step", int, type(None)),
             epoch=_typed(fields, "epoch", int, float, type(None)),
-            metrics=_typed(fields, "metrics", dict),
-            config=_typed(fields, "config", dict),
-            overrides=_typed(fields, "overrides", dict),
-            environment=_typed(fields, "environment", dict),
-            sizes=_typed(fields, "sizes", dict),
+            metrics=_numbers(fields, "metrics", int, float),
+            config=_plain_tree(fields, "config"),
+            overrides=_plain_tree(fields, "overrides"),
+            environment=_plain_tree(fields, "environment"),
+            sizes=_numbers(fields, "sizes", int),
         )
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise CorruptionError(f"{where} cannot be read: {error}", id=str(id)) from None
 
 
@@ -190,6 +197,40 @@ def _typed(fields: dict[str, Any], name: str, *kinds: type) -> Any:
     if type(value) not in kinds:
         raise ValueError(f"{name} is a {type(value).__name__}")
     return value
+
+
+def _numbers(fields: dict[str, Any], name: str, *kinds: type) -> dict[str, Any]:
+    """A map of names to numbers: what `plain_metrics` gives, or the bytes of components."""
+    found: dict[str, Any] = _typed(fields, name, dict)
+    for key, value in found.items():
+        if type(key) is not str or type(value) not in kinds or (name == "sizes" and value < 0):
+            raise ValueError(f"{name} holds {key!r:.40}, a {type(value).__name__}")
+    return found
+
+
+def _plain_tree(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """Nested plain values, as `plain_config` gives them."""
+    found: dict[str, Any] = _typed(fields, name, dict)
+    level: list[Any] = [found]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[Any] = []
+        for outer in level:
+            if type(outer) is dict and not all(type(key) in _KEYS for key in outer):
+                raise ValueError(f"{name} has a key that is no text")
+            for inner in outer.values() if type(outer) is dict else outer:
+                if type(inner) in (dict, list):
+                    below.append(inner)
+                elif type(inner) not in _SCALARS:
+                    raise ValueError(f"{name} holds a {type(inner).__name__}")
+        level = below
+        if not level:
+            return found
+    raise ValueError(f"{name} is nested deeper than {MAX_DEPTH} containers")
+
+
+_SCALARS: Final = (type(None), bool, int, float, str, bytes)
+_KEYS: Final = (str, int, bool)
+_LIBRARIES: Final = ("numpy", "torch", "jax", "ml_dtypes")
 
 
 # -- what callers may pass ------------------------------------------------------------------------
@@ -217,41 +258,78 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
 def plain_config(config: Any, what: str = "config") -> dict[str, Any]:
     """A config as nested dicts, lists and scalars.
 
-    Namespaces become dicts, tuples lists, paths text, 0-dim arrays numbers. Anything else is listed,
+    Namespaces become dicts, tuples lists, 0-dim arrays numbers; paths, dtypes, devices, classes and
+    functions become text: a config is for people. Anything else is listed,
     all at once, in an UnsupportedStateError.
     """
     if config is None:
         return {}
-    bad: list[tuple[str, str]] = []
-    plain = _plain(config, what, bad)
-    if bad:
-        raise UnsupportedStateError(bad)
+    plainer = _Plainer()
+    try:
+        plain = plainer.plain(config, what)
+    except RecursionError:  # the caller's own stack is nearly full
+        raise UnsupportedStateError([(what, "nested too deeply to be followed from here")]) from None
+    if plainer.bad:
+        raise UnsupportedStateError(plainer.bad)
     if not isinstance(plain, dict):
         raise InvalidError(f"{what} must be a mapping, not a {type(config).__name__}")
     return plain
 
 
-def _plain(value: Any, path: str, bad: list[tuple[str, str]]) -> Any:
-    if value is None or type(value) in (bool, int, float, str, bytes):
-        return value
-    if isinstance(value, Mapping):
-        return {
-            key if type(key) in (str, int, bool) else str(key): _plain(each, f"{path}/{key}", bad)
-            for key, each in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_plain(each, f"{path}/{i}", bad) for i, each in enumerate(value)]
-    if type(value).__name__ in ("Namespace", "SimpleNamespace"):
-        return _plain(vars(value), path, bad)
-    if hasattr(value, "__fspath__"):
-        return str(value)
-    number = _unpacked(value)
-    if type(number) in (bool, int, float, str):
-        return number
-    if isinstance(value, str):
-        return str.__str__(value)
-    bad.append((path, f"a {type(value).__name__} has no place in a {path.split('/')[0]}"))
-    return None
+class _Plainer:
+    """Makes plain values of a config's.
+
+    Attributes:
+        bad: (path, why) of what has no plain form.
+    """
+
+    def __init__(self) -> None:
+        self.bad: list[tuple[str, str]] = []
+        self._open: list[int] = []
+        self._values = 0
+
+    def plain(self, value: Any, path: str) -> Any:
+        """The value as dicts, lists and scalars."""
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise UnsupportedStateError([(path, f"more than {MAX_VALUES} values; keep them in the state")])
+        if type(value) in _SCALARS:
+            return value
+        namespace = type(value).__name__ in ("Namespace", "SimpleNamespace")
+        if namespace or isinstance(value, (Mapping, list, tuple)):
+            return self._container(value, vars(value) if namespace else value, path)
+        if hasattr(value, "__fspath__"):
+            return str(value)
+        number = _unpacked(value)
+        if type(number) in (bool, int, float, str):
+            return number
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(getattr(value, "__qualname__", None), str):  # a class or a function
+            return f"{value.__module__}.{value.__qualname__}"
+        library, kind = type(value).__module__.split(".", 1)[0], type(value).__name__.lower()
+        if library in _LIBRARIES and kind.endswith(("dtype", "device", "layout", "memory_format")):
+            return str(value)
+        return self._refuse(path, f"a {type(value).__name__} has no place in a {path.split('/')[0]}")
+
+    def _container(self, value: Any, content: Any, path: str) -> Any:
+        if id(value) in self._open:
+            return self._refuse(path, f"a {type(value).__name__} that contains itself")
+        if len(self._open) > MAX_DEPTH:
+            return self._refuse(path, f"nested deeper than {MAX_DEPTH} containers")
+        self._open.append(id(value))
+        try:
+            if not isinstance(content, Mapping):
+                return [self.plain(each, f"{path}/{i}") for i, each in enumerate(content)]
+            return {
+                key if type(key) in _KEYS else str(key): self.plain(each, f"{path}/{key}")
+                for key, each in content.items()
+            }
+        finally:
+            self._open.pop()
+
+    def _refuse(self, path: str, why: str) -> None:
+        self.bad.append((path, why))
 
 
 def _unpacked(value: Any) -> Any:

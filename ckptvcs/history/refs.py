@@ -1,9 +1,9 @@
 """Ref names: which exist, which are allowed, and where each kind lives.
 
-    HEAD                     the branch that people's commands act on, or a commit when detached
-    refs/heads/<branch>      branches
-    refs/tags/<tag>          tags
-    refs/lost/<branch>/<id8> commits that lost a race; readable as lost/<branch>/<id8>
+HEAD                     the branch that people's commands act on, or a commit when detached
+refs/heads/<branch>      branches
+refs/tags/<tag>          tags
+refs/lost/<branch>/<id8> commits that lost a race; readable as lost/<branch>/<id8>
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
-def _objection(name: str) -> str | None:
+def _objection(name: object) -> str | None:
+    if not isinstance(name, str):
+        return f"it is a {type(name).__name__}"
     if not name:
         return "it is empty"
     try:
@@ -55,6 +57,8 @@ def _objection(name: str) -> str | None:
     bad = _BAD.search(name)
     if bad:
         return f"it contains {bad[0]!r}"
+    if re.search(r"@best(?=$|[/@])", name):
+        return "@best after a name asks for its best commit"
     if name.startswith("-"):
         return "it starts with '-'"
     if name.startswith("/") or name.endswith("/"):

@@ -1,13 +1,13 @@
 """Revisions: text that names a commit.
 
-    HEAD, @             the handle's tip
-    main, v1, lost/...  a branch, a tag, a commit that lost a race; full names (refs/heads/main) as well
-    1a2b3c              an id or its beginning, at least 4 hex digits; refs win over ids
-    REV~n  REV~         n first parents up
-    REV^n  REV^         the n-th parent; REV^0 is REV
-    REF@{n}             where the ref stood n moves ago
-    REV@step:N          the commit of step N nearest to REV along first parents
-    REV@best[:METRIC]   the best commit by that metric along first parents
+HEAD, @             the handle's tip
+main, v1, lost/...  a branch, a tag, a commit that lost a race; full names (refs/heads/main) as well
+1a2b3c              an id or its beginning, at least 4 hex digits; refs win over ids
+REV~n  REV~         n first parents up
+REV^n  REV^         the n-th parent; REV^0 is REV
+REF@{n}             where the ref stood n moves ago
+REV@step:N          the commit of step N nearest to REV along first parents
+REV@best[:METRIC]   the best commit by that metric along first parents
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ class Revisions:
         current, ref = self._base(base, before=bool(suffixes) and suffixes[0]["moves"] is not None)
         for suffix in suffixes:
             if suffix["moves"] is not None:
-                current = self._moves_ago(ref, int(suffix["moves"]), text)
+                current = self._moves_ago(ref, _number(suffix["moves"], text), text)
             elif current is None:
                 raise self._unborn(text)
             elif suffix["up"] is not None:
-                current = self._up(current, int(suffix["up"] or 1), text)
+                current = self._up(current, _number(suffix["up"] or "1", text), text)
             elif suffix["parent"] is not None:
-                current = self._parent(current, int(suffix["parent"] or 1), text)
+                current = self._parent(current, _number(suffix["parent"] or "1", text), text)
             elif suffix["step"] is not None:
-                current = self._at_step(current, int(suffix["step"]), text)
+                current = self._at_step(current, _number(suffix["step"], text), text)
             else:
                 current = self.best(current, suffix["metric"]).id
             ref = None
@@ -123,7 +123,10 @@ class Revisions:
         for full in places if before else ():
             if ref_history(self._store, full):
                 return None, full
-        raise NotFoundError(f"no branch, tag or commit is called {name!r}", hint=self._near(name))
+        hint = self._near(name)
+        if "@" in name:
+            hint = "behind a name may stand @{n}, @step:N or @best:METRIC"
+        raise NotFoundError(f"no branch, tag or commit is called {name!r}", hint=hint)
 
     def _near(self, name: str) -> str | None:
         with self._store.snapshot() as snapshot:
@@ -265,6 +268,15 @@ def _split(text: str) -> tuple[str, list[dict[str, str | None]]]:
         suffixes.append(found.groupdict())
         rest = rest[found.end() :]
     return base, suffixes
+
+
+def _number(digits: str, text: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python reads
+        raise InvalidError(
+            f"{text[:40] + '…'!r} is not a revision: a number of {len(digits)} digits"
+        ) from None
 
 
 def _encodable(name: str) -> bool:

@@ -91,6 +91,7 @@ class Builder:
         self._tensors: list[tuple[TensorNode, Raw]] = []
         self._open: set[int] = set()
         self._expanding = 0
+        self._count = 0
         # Whatever was made on the way stays alive, or another array could be given its memory and
         # seem to share it. Raw views keep their memory alive on their own, for as long as sources last.
         self._kept: list[Any] = []
@@ -114,6 +115,7 @@ class Builder:
         return MapNode([(encode(name), self._file(name, entry, True)) for name, entry in folder.items()])
 
     def _file(self, name: str, entry: FileContent | LinkContent | Folder, top: bool) -> Node:
+        self._counted(None)
         if top:
             self._enter(name)
         if isinstance(entry, LinkContent):
@@ -135,6 +137,12 @@ class Builder:
         self.sizes[self._component] = self.sizes.get(self._component, 0) + nbytes
         return content
 
+    def _counted(self, trail: _Trail, more: int = 1) -> None:
+        self._count += more
+        if self._count > codes.MAX_VALUES:  # at once: the rest may have no end
+            why = f"more than {codes.MAX_VALUES} values in all; long lists of numbers belong in arrays"
+            raise UnsupportedStateError([*self._errors, (_path(trail), why)])
+
     def _refuse(self, trail: _Trail, why: str) -> Node:
         self._errors.append((_path(trail), why))
         return Leaf(b"")
@@ -146,6 +154,7 @@ class Builder:
         return Leaf(encoded, number)
 
     def _node(self, value: Any, trail: _Trail, depth: int, in_key: bool = False) -> Node:
+        self._counted(trail)
         kind = type(value)
         if kind in _NUMBERS:
             return self._leaf(encode(value), True)
@@ -350,18 +359,19 @@ class Builder:
         if sparse:
             layout, flags, parts = sparse
             head = [layout, list(value.shape), flags]
-            return Tag(codes.SPARSE, [*self._fields(head), self._parts(parts)])
+            return Tag(codes.SPARSE, [*self._fields(head), self._parts(parts, trail)])
         quantized = torch_tensors.quantized(value)
         if quantized:
             name, scheme, flags, axis, parts = quantized
             head = [name, scheme, flags, axis]
-            return Tag(codes.QUANTIZED, [*self._fields(head), self._parts(parts)])
+            return Tag(codes.QUANTIZED, [*self._fields(head), self._parts(parts, trail)])
         return self._tensor(*self._captures.dense(value))
 
     def _fields(self, fields: Sequence[Any]) -> list[Node]:
         return [Leaf(encode(field)) for field in fields]
 
-    def _parts(self, parts: Mapping[str, Any]) -> MapNode:
+    def _parts(self, parts: Mapping[str, Any], trail: _Trail) -> MapNode:
+        self._counted(trail, len(parts))
         self._kept.append(parts)
         return MapNode(
             [

@@ -133,5 +133,8 @@ REFERENCE: Final = 36
 MAX_DEPTH: Final = 100
 """Containers within containers in a state."""
 
+MAX_VALUES: Final = 1 << 23
+"""Values in a state, keys that are no text included; and files and folders in a commit."""
+
 MAX_LEVEL: Final = 7
 """Highest level of pages: a hash has eight words."""

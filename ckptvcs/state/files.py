@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from ckptvcs.disk import Disk, Folder, ReadFile, StrPath, check_name
+from ckptvcs.disk import Disk, Folder, ReadFile, StrPath, check_name, check_target
 from ckptvcs.errors import (
     ConflictError,
     CorruptionError,
@@ -27,9 +27,11 @@ from ckptvcs.state import tree as trees
 from ckptvcs.state.build import FileContent, LinkContent
 from ckptvcs.state.build import Folder as StoredFolder
 from ckptvcs.state.interface import ObjectReader
-from ckptvcs.state.read import StoredFile, StoredLink, parse_chunk_list
+from ckptvcs.state.read import StoredFile, StoredLink, memory_for, parse_chunk_list
 
 _REPOSITORY: Final = ".ckpt"
+_PERMISSIONS: Final = 0o777
+"""Without setuid, setgid and sticky, which no checkout may bring back."""
 _CHUNKS_AT_ONCE: Final = 16
 _PIECE: Final = 1 << 20
 """Bytes hashed at a time; a multiple of no grid, only a buffer size."""
@@ -109,13 +111,13 @@ def collected(disk: Disk, paths: Mapping[str, StrPath]) -> StoredFolder:
     """Files and folders to store, by the path they get in the tree.
 
     Hashes every file. NotFoundError for a path that is not there; InvalidError for an impossible tree
-    path, and for sockets, devices and the like, all of them listed.
+    path, for sockets, devices and the like, all of them listed, and if there is no file or link at all.
     """
     root: dict[str, object] = {}
     odd: list[tuple[str, str]] = []
     for name, source in paths.items():
         steps = _steps(name)
-        path = Path(source)
+        path = _source(source)
         try:
             folder = Folder.open(path.parent if path.name else path)
         except FileNotFoundError:
@@ -144,7 +146,25 @@ def collected(disk: Disk, paths: Mapping[str, StrPath]) -> StoredFolder:
             hint="leave them out",
             code="unsupported-leaf",
         )
+    if not _holds_files(root):
+        listed = ", ".join(map(str, paths.values())) or "no path"
+        raise InvalidError(
+            f"nothing to commit: there is no file in {listed}",
+            hint="empty folders are not kept, and repositories are left out",
+        )
     return _sorted(root)
+
+
+def _source(source: StrPath) -> Path:
+    """The path to read from. One that has no name of its own (`.`, `..`) is spelled out."""
+    path = Path(source)
+    if "\0" in str(path):
+        raise InvalidError(f"{str(path)!r} cannot be the path of a file")
+    return path.resolve() if path.name in ("", "..") else path
+
+
+def _holds_files(folder: Mapping[str, object]) -> bool:
+    return any(_holds_files(each) if isinstance(each, dict) else True for each in folder.values())
 
 
 def _merge(into: dict[str, object], more: Mapping[str, object], above: str) -> None:
@@ -156,7 +176,8 @@ def _merge(into: dict[str, object], more: Mapping[str, object], above: str) -> N
                 _merge(there, content, f"{above}{name}/")
         elif _identity(there) != _identity(content):
             raise InvalidError(
-                f"two different things would be stored as {above + name!r}", hint="give each a path of its own"
+                f"two different things would be stored as {above + name!r}",
+                hint="give each a path of its own",
             )
 
 
@@ -169,23 +190,34 @@ def _identity(content: object) -> object:
 def attached(disk: Disk, files: Mapping[str, StrPath]) -> StoredFolder:
     """The `files=` of a commit, as `collected`."""
     for name in files:
-        if not isinstance(name, str) or not _steps(name):
+        if not _steps(name):
             raise InvalidError(f"{name!r} cannot be the path of an attached file")
-    return collected(disk, files)
+    return collected(disk, files) if files else {}
 
 
-def _steps(name: str) -> list[str]:
+def _steps(name: object) -> list[str]:
     """A tree path's names, each checked to be one ordinary step."""
+    if not isinstance(name, str):
+        raise InvalidError(f"{name!r} cannot be a path in a commit: it is a {type(name).__name__}")
     steps = [step for step in name.split("/") if step not in ("", ".")]
     if name.startswith("/") or ".." in steps:
         raise InvalidError(f"{name!r} cannot be a path in a commit", hint="use a relative path without ..")
     for step in steps:
-        with_error = InvalidError(f"{name!r} cannot be a path in a commit")
-        try:
-            check_name(step)
-        except StorageError:
-            raise with_error from None
+        why = _objection(step)
+        if why is not None:
+            raise InvalidError(f"{name!r} cannot be a path in a commit: {why}")
     return steps
+
+
+def _objection(step: str) -> str | None:
+    """Why a name may not stand in a tree of files."""
+    if step.casefold() == _REPOSITORY:
+        return f"the name {_REPOSITORY} is the repository's own"
+    try:
+        check_name(step)
+    except StorageError as error:
+        return str(error)
+    return None
 
 
 def _collect(
@@ -194,14 +226,16 @@ def _collect(
     kind = folder.kind(name)
     if kind is None:
         raise NotFoundError(f"there is no file {folder.path / name}")
+    if name.casefold() == _REPOSITORY:
+        if kind != "folder":
+            odd.append((shown, f"the name {_REPOSITORY} is the repository's own"))
+        return None
     if kind == "link":
         return LinkContent(folder.read_link(name))
     if kind == "file":
         return _hashed(folder, name)
     if kind == "folder":
         with contextlib.closing(folder.enter(name)) as inner:
-            if name == _REPOSITORY and inner.kind("format") == "file":
-                return None
             return _collect_folder(disk, inner, shown, odd)
     odd.append((shown, "a socket, pipe or device is no file"))
     return None
@@ -233,9 +267,9 @@ def _hashed(folder: Folder, name: str) -> FileContent:
 
 
 def _stat(folder: Folder, name: str) -> tuple[int, int]:
-    """(size, permission bits). Without setuid, setgid and sticky, which no checkout may bring back."""
+    """(size, permission bits)."""
     size, mode = folder.stat(name)
-    return size, mode & 0o777
+    return size, mode & _PERMISSIONS
 
 
 def _sorted(folder: Mapping[str, object]) -> StoredFolder:
@@ -258,22 +292,22 @@ def entries(
 ) -> Iterator[FileEntry]:
     """The files of a tree, without reading their content."""
     for path, stored in trees.files(reader, tree, only).items():
-        if isinstance(stored, StoredFile):
-            yield FileEntry(path, "file", stored.size, stored.mode, stored.digest, None)
-        else:
-            yield FileEntry(path, "link", 0, 0, b"", stored.target)
+        yield _entry_of(path, stored)
 
 
 def contents(
     reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None
 ) -> dict[str, bytes]:
     """The bytes of every file by path; of a link, its target's."""
+    stored = trees.files(reader, tree, only)
+    _check_paths(stored)
     found = {}
-    for path, stored in trees.files(reader, tree, only).items():
-        if isinstance(stored, StoredLink):
-            found[path] = stored.target.encode(errors="surrogateescape")
+    for path, item in stored.items():
+        if isinstance(item, StoredLink):
+            found[path] = item.target.encode(errors="surrogateescape")
         else:
-            found[path] = b"".join(_pieces(reader, path, stored))
+            with memory_for(path, item.size):
+                found[path] = b"".join(_pieces(reader, path, item))
     return found
 
 
@@ -316,13 +350,17 @@ def write_out(
 
     A file that is there with other content than the tree's is overwritten only if it still is what
     `base` says (the commit the folder came from), or with `force`; otherwise ConflictError lists all of
-    them and nothing is written. Each file appears whole or not at all.
+    them and nothing is written. A file where the tree has a folder, and an empty folder where it has a
+    file, go only with `force`; a folder that holds something, and a link in place of a folder, never.
+    Each file appears whole or not at all.
     """
     stored = trees.files(reader, tree, only)
+    _check_paths(stored)
     report = WriteReport()
     base = base or {}
     with contextlib.closing(Folder.open(to, create=True)) as root:
         changed = []
+        in_the_way: dict[str, str] = {}
         for path, item in stored.items():
             state = _compare(root, path, _entry_of(path, item))
             if state == "same":
@@ -331,21 +369,27 @@ def write_out(
                 known = base.get(path)
                 if known is None or _compare(root, path, known) != "same":
                     changed.append(path)
-        if changed:
-            shown = ", ".join(changed[:10]) + (" and more" if len(changed) > 10 else "")
+            elif state == "other":
+                in_the_way |= _in_the_way(root, path)
+        immovable = [path for path, kind in in_the_way.items() if kind not in ("file", "empty folder")]
+        if immovable:
             raise ConflictError(
-                f"{len(changed)} file(s) in {to} would be overwritten: {shown}",
+                f"{len(immovable)} path(s) in {to} are in the way: {_listed(immovable)}",
+                hint="move them away",
+            )
+        if changed:
+            raise ConflictError(
+                f"{len(changed)} file(s) in {to} would be overwritten: {_listed(changed)}",
                 hint="commit or move them away, or use --force",
             )
+        for path, kind in in_the_way.items():
+            with _folder_of(root, path) as (folder, name):
+                folder.remove(name) if kind == "file" else folder.remove_folder(name)
         same = set(report.unchanged)
         for path, item in stored.items():
             if path in same:
                 continue
-            *folders, name = path.split("/")
-            with contextlib.ExitStack() as stack:
-                folder = root
-                for step in folders:
-                    folder = stack.enter_context(folder.enter(step, create=True))
+            with _folder_of(root, path) as (folder, name):
                 if isinstance(item, StoredLink):
                     folder.write_link(name, item.target)
                 else:
@@ -357,6 +401,40 @@ def write_out(
             if say is not None:
                 say(path)
     return report
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:10]) + (" and more" if len(paths) > 10 else "")
+
+
+@contextlib.contextmanager
+def _folder_of(root: Folder, path: str) -> Iterator[tuple[Folder, str]]:
+    """The folder that a path lies in, made if missing, and its name there."""
+    *folders, name = path.split("/")
+    with contextlib.ExitStack() as stack:
+        folder = root
+        for step in folders:
+            folder = stack.enter_context(folder.enter(step, create=True))
+        yield folder, name
+
+
+def _check_paths(stored: Mapping[str, StoredFile | StoredLink]) -> None:
+    """Refuse a tree with any path or link that no commit would hold, before anything is written."""
+    for path, item in stored.items():
+        steps = path.split("/")
+        for step in steps:
+            why = _objection(step)
+            if why is not None:
+                raise CorruptionError(f"the commit holds the path {path!r}: {why}")
+        for end in range(1, len(steps)):
+            above = "/".join(steps[:end])
+            if above in stored:
+                raise CorruptionError(f"the commit holds {above!r} both as a file and as a folder")
+        if isinstance(item, StoredLink):
+            try:
+                check_target(item.target)
+            except StorageError as error:
+                raise CorruptionError(f"the commit holds the link {path!r}: {error}") from None
 
 
 def status(reader: ObjectReader, tree: ObjectId, folder: Path) -> FileStatus:
@@ -374,7 +452,23 @@ def status(reader: ObjectReader, tree: ObjectId, folder: Path) -> FileStatus:
 def _entry_of(path: str, stored: StoredFile | StoredLink) -> FileEntry:
     if isinstance(stored, StoredLink):
         return FileEntry(path, "link", 0, 0, b"", stored.target)
-    return FileEntry(path, "file", stored.size, stored.mode, stored.digest, None)
+    return FileEntry(path, "file", stored.size, stored.mode & _PERMISSIONS, stored.digest, None)
+
+
+def _in_the_way(root: Folder, path: str) -> dict[str, str]:
+    """What must go before a file can be put at `path`, and its kind, if anything must."""
+    steps = path.split("/")
+    with contextlib.ExitStack() as stack:
+        folder = root
+        for end, step in enumerate(steps, 1):
+            kind = folder.kind(step)
+            if kind == "folder":
+                folder = stack.enter_context(folder.enter(step))
+            elif end < len(steps) and kind is not None:
+                return {"/".join(steps[:end]): kind}
+            else:
+                return {}
+        return {path: "folder" if folder.names() else "empty folder"}
 
 
 def _compare(root: Folder, path: str, entry: FileEntry) -> str:

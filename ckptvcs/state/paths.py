@@ -14,10 +14,10 @@ import difflib
 import enum
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
 
-from ckptvcs.errors import NotFoundError
+from ckptvcs.errors import InvalidError, NotFoundError
 
 _LITERAL: Final = re.compile(
     r"(?:None|True|False|[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|inf|nan)j?|[(<].*|b['\"].*|\\s.*)\Z",
@@ -87,29 +87,46 @@ class _Component:
         return self.glob is not None and self.glob.match(component) is not None
 
 
-_ANY: Final = _Component("**")
-_Tail: TypeAlias = tuple[_Pattern, tuple[_Component, ...]]
+class _State:
+    """Where matching stands within a pattern. A pattern is a graph of as many states as it has parts.
+
+    Attributes:
+        exits: (component that leads on, state behind it).
+        beyond: the state behind a `**`, which may match nothing; then any component leads back here.
+        final: the whole pattern has matched.
+    """
+
+    __slots__ = ("beyond", "exits", "final", "pattern")
+
+    def __init__(
+        self,
+        pattern: _Pattern,
+        exits: Sequence[tuple[_Component, _State]] = (),
+        beyond: _State | None = None,
+        final: bool = False,
+    ) -> None:
+        self.pattern = pattern
+        self.exits = exits
+        self.beyond = beyond
+        self.final = final
 
 
-def _alternatives(components: Sequence[str]) -> Iterator[tuple[_Component, ...]]:
-    """What a pattern can mean: a `**` inside a component (`**weight`) stays within it or crosses several."""
-    if not components:
-        yield ()
-        return
-    head = components[0]
-    cut = head.find("**")
-    starts: list[tuple[_Component, ...]]
-    if head == "**":
-        starts = [(_ANY,)]
-    elif cut < 0:
-        starts = [(_Component(head),)]
-    else:
-        before, after = head[:cut], head[cut:].lstrip("*")
-        across = [_Component(before + "*")] * bool(before) + [_ANY] + [_Component("*" + after)] * bool(after)
-        starts = [(_Component(f"{before}*{after}"),), tuple(across)]
-    for start in starts:
-        for rest in _alternatives(components[1:]):
-            yield start + rest
+def _compiled(pattern: _Pattern) -> _State:
+    """The start of a pattern. A `**` inside a component (`**weight`) stays within it or crosses several."""
+    state = _State(pattern, final=True)
+    for head in reversed(split(pattern.text)):
+        cut = head.find("**")
+        if head == "**":
+            state = _State(pattern, beyond=state)
+        elif cut < 0:
+            state = _State(pattern, [(_Component(head), state)])
+        else:
+            before, after = head[:cut], head[cut:].lstrip("*")
+            across = _State(pattern, [(_Component("*" + after), state)]) if after else state
+            across = _State(pattern, beyond=across)
+            within = (_Component(f"{before}*{after}"), state)
+            state = _State(pattern, [within, (_Component(before + "*"), across)]) if before else across
+    return state
 
 
 class Selection:
@@ -119,38 +136,35 @@ class Selection:
         whole: everything from here on is selected.
     """
 
-    __slots__ = ("_tails", "whole")
+    __slots__ = ("_states", "whole")
 
-    def __init__(self, tails: Iterable[_Tail], whole: bool = False) -> None:
+    def __init__(self, states: Iterable[_State], whole: bool = False) -> None:
         self.whole = whole
-        self._tails: list[_Tail] = []
-        for pattern, tail in tails:
-            at = 0
-            while True:  # `**` matches nothing as well, so what follows it may begin here
-                self._tails.append((pattern, tail[at:]))
-                if at == len(tail) or tail[at] is not _ANY:
-                    break
-                at += 1
-        for pattern, tail in self._tails:
-            if not tail:
-                pattern.matched = True
+        self._states: dict[_State, None] = {}
+        waiting = list(states)
+        while waiting:  # `**` matches nothing as well, so what follows it may begin here
+            state = waiting.pop()
+            if state in self._states:
+                continue
+            self._states[state] = None
+            if state.beyond is not None:
+                waiting.append(state.beyond)
+            if state.final:
+                state.pattern.matched = True
                 self.whole = True
 
     def step(self, key: object) -> Selection | None:
         """The selection below `key`, or None if nothing there can match."""
-        return self if self.whole and not self._tails else self.step_named(name(key), key)
+        return self if self.whole and not self._states else self.step_named(name(key), key)
 
     def step_named(self, component: str, key: object = None) -> Selection | None:
         """Like `step`, where only the component's name is known."""
-        tails: list[_Tail] = []
-        for pattern, tail in self._tails:
-            if not tail:
-                continue
-            if tail[0] is _ANY:
-                tails.append((pattern, tail))
-            elif tail[0].matches(component, key):
-                tails.append((pattern, tail[1:]))
-        return Selection(tails, self.whole) if tails or self.whole else None
+        states: list[_State] = []
+        for state in self._states:
+            if state.beyond is not None:
+                states.append(state)
+            states += [below for wanted, below in state.exits if wanted.matches(component, key)]
+        return Selection(states, self.whole) if states or self.whole else None
 
 
 EVERYTHING: Final = Selection((), whole=True)
@@ -160,16 +174,13 @@ class Patterns:
     """The value of `only=`: a pattern, several, or None for everything."""
 
     def __init__(self, only: str | Sequence[str] | None) -> None:
-        texts = [only] if isinstance(only, str) else only
-        self._patterns = None if texts is None else [_Pattern(text) for text in texts]
+        self._patterns = None if only is None else [_Pattern(text) for text in _texts(only)]
 
     def start(self) -> Selection:
         """The selection at the top of the state."""
         if self._patterns is None:
             return EVERYTHING
-        return Selection(
-            [(pattern, tail) for pattern in self._patterns for tail in _alternatives(split(pattern.text))]
-        )
+        return Selection([_compiled(pattern) for pattern in self._patterns])
 
     @property
     def complete(self) -> bool:
@@ -185,6 +196,17 @@ class Patterns:
                 f"nothing in this commit matches {', '.join(map(repr, lost))}",
                 hint=f"near: {', '.join(near)}" if near else "`ckpt ls REV` lists all paths",
             )
+
+
+def _texts(only: object) -> list[str]:
+    found: list[Any] = list(only) if isinstance(only, Iterable) and not isinstance(only, str) else [only]
+    for text in found:
+        if not isinstance(text, str):
+            raise InvalidError(
+                f"a pattern is text, not a {type(text).__name__}",
+                hint="only= takes a pattern, as in 'model/**', or a list of them",
+            )
+    return found
 
 
 def nearest(wanted: str, known: Iterable[str], n: int = 3) -> list[str]:

@@ -8,6 +8,7 @@ commit would not write is a CorruptionError, before memory is allocated for it.
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 
 from ckptvcs import canonical
 from ckptvcs.canonical import NotCanonicalError, Tagged
-from ckptvcs.errors import CorruptionError, InvalidError
+from ckptvcs.errors import CorruptionError, InvalidError, StorageError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.state import codes, paths, torch_tensors, values
 from ckptvcs.state.interface import ObjectReader
@@ -44,8 +45,9 @@ from ckptvcs.state.tensors import (
 )
 from ckptvcs.store.format import unpack_object
 
-MAX_NODES: Final = 1 << 26
-"""Values in one state. Trees share subtrees, so a small damaged or hostile one could unfold without end."""
+_REPEATS: Final = 20_000
+"""Trees share subtrees, so a small hostile one could unfold without end. After so many that were read
+again, it is counted what the whole would unfold to."""
 
 
 # -- what is stored -------------------------------------------------------------------------------
@@ -186,11 +188,18 @@ class Loader:
 
     def __init__(self, reader: ObjectReader) -> None:
         self._reader = reader
-        self._grid = reader.grid
+        self._grid = grid = reader.grid
+        # What is longer becomes pages, except in keys.
+        self._longest = max(grid.subtree, 16 * grid.list_page, 8 * grid.map_page)
+        self._in_keys = 0
         self._count = 0
+        self._seen: set[ObjectId] = set()
+        self._repeats = 0
+        self._top: ObjectId | None = None
 
     def root(self, tree: ObjectId) -> tuple[_Object, dict[str, Any]]:
         """The root object and its parts ("state", "files"), undecoded."""
+        self._top = tree
         opened = self._open(tree, self._reader.objects(Kind.TREE, [tree])[0])
         body = opened.body
         if type(body) is not Tagged or body.code != codes.ROOT:
@@ -203,9 +212,38 @@ class Loader:
     # -- objects ----------------------------------------------------------------------------------
 
     def _open(self, id: ObjectId, payload: bytes) -> _Object:
-        where = f"tree {id.short}"
-        references, body = unpack_object(payload, where)
-        return _Object(where, references, _decode(bytes(body), where))
+        if id in self._seen:
+            self._repeats += 1
+            if self._repeats == _REPEATS:
+                self._survey()
+        self._seen.add(id)
+        return _parsed(id, payload)
+
+    def _survey(self) -> None:
+        """Refuse a tree that unfolds to more than any state. Each object is looked at once."""
+        assert self._top is not None
+        known: dict[ObjectId, tuple[int, collections.Counter[ObjectId]]] = {}
+        waiting = {self._top}
+        together = 0
+        while waiting:
+            ids = [waiting.pop() for _ in range(min(len(waiting), _AT_ONCE))]
+            for id, payload in zip(ids, self._reader.objects(Kind.TREE, ids), strict=True):
+                known[id] = _census(_parsed(id, payload))
+                together += known[id][0]
+                waiting |= known[id][1].keys() - known.keys()
+            if together > _MOST_COUNTED:
+                raise _too_many(f"tree {self._top.short}")
+        unfolded: dict[ObjectId, int] = {}
+        stack = [self._top]  # no id is above itself, since ids are hashes
+        while stack:
+            own, below = known[stack[-1]]
+            missing = [id for id in below if id not in unfolded]
+            if missing:
+                stack += missing
+            else:
+                unfolded[stack.pop()] = own + sum(times * unfolded[id] for id, times in below.items())
+        if unfolded[self._top] > _MOST_COUNTED:
+            raise _too_many(f"tree {self._top.short}")
 
     def _child(self, parent: _Object, position: object, ahead: bool) -> _Object:
         id = parent.reference(position, Kind.TREE)
@@ -223,7 +261,10 @@ class Loader:
         if type(value) is Tagged and value.code == codes.SUBTREE:
             opened = self._child(opened, _decode(value.payload, opened.where), ahead)
             value = opened.body
-        yield from self._unpage(value, opened, kind, code, None)
+        for page, home in self._unpage(value, opened, kind, code, None):
+            if len(page) > self._longest and not self._in_keys:
+                raise CorruptionError(f"{home.where}: a {kind.__name__} that belongs into pages")
+            yield page, home
 
     def _unpage(
         self, value: Any, opened: _Object, kind: type, code: int, level: int | None
@@ -261,8 +302,10 @@ class Loader:
     def node(self, value: Any, opened: _Object, selection: Selection, depth: int = 0) -> Stored:
         """The stored value of a decoded node, or what `selection` touches of it."""
         self._count += 1
-        if self._count > MAX_NODES or depth > codes.MAX_DEPTH + 4:
-            raise CorruptionError(f"{opened.where}: more values, or deeper, than any state")
+        if self._count > codes.MAX_VALUES:
+            raise _too_many(opened.where)
+        if depth > codes.MAX_DEPTH + 4:
+            raise CorruptionError(f"{opened.where}: nested deeper than any state")
         word = _PLAIN.get(type(value))
         if word is not None:
             return StoredLeaf(word, value, 8 if word in ("int", "float") else len(canonical.encode(value)))
@@ -340,12 +383,22 @@ class Loader:
         return Branch(word, keys, children, make)
 
     def _key(self, raw: Any, opened: _Object, depth: int) -> Any:
-        key = plain_value(self.node(raw, opened, paths.EVERYTHING, depth + 1))
+        key = self._flat(raw, opened, depth)
         try:
             hash(key)
         except TypeError:
             raise CorruptionError(f"{opened.where}: a {type(key).__name__} as a key") from None
         return key
+
+    def _flat(self, raw: Any, opened: _Object, depth: int) -> Any:
+        """A value that is never cut into pages."""
+        if type(raw) in _PLAIN:
+            self._count += 1
+            return raw
+        self._in_keys += 1
+        found = plain_value(self.node(raw, opened, paths.EVERYTHING, depth + 1))
+        self._in_keys -= 1
+        return found
 
     # -- tagged nodes -----------------------------------------------------------------------------
 
@@ -458,7 +511,7 @@ class Loader:
         name, member, inner = self._fields(value, opened, 3)
         if type(name) is not str or not (member is None or type(member) is str):
             raise CorruptionError(f"{opened.where}: an enum member without a name")
-        found = plain_value(self.node(inner, opened, paths.EVERYTHING, depth + 1))
+        found = self._flat(inner, opened, depth)
         return StoredLeaf("enum", values.EnumValue(name, member, found), len(value.payload))
 
     def _dataclass(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
@@ -640,6 +693,58 @@ class Loader:
         return StoredLink("link", target)
 
 
+def _parsed(id: ObjectId, payload: bytes) -> _Object:
+    where = f"tree {id.short}"
+    references, body = unpack_object(payload, where)
+    return _Object(where, references, _decode(bytes(body), where))
+
+
+def _too_many(where: str) -> CorruptionError:
+    return CorruptionError(f"{where}: more values than any state")
+
+
+def _census(opened: _Object) -> tuple[int, collections.Counter[ObjectId]]:
+    """How many values a tree object holds, roughly, and how often it names each other one."""
+    values, below = 0, collections.Counter[ObjectId]()
+    waiting = [opened.body]
+    while waiting:
+        value = waiting.pop()
+        values += 1
+        if type(value) is list:
+            waiting += value
+        elif type(value) is dict:
+            waiting += value.values()
+        elif type(value) is Tagged and value.code == codes.SUBTREE:
+            below[opened.reference(_decode(value.payload, opened.where), Kind.TREE)] += 1
+        elif type(value) is Tagged and value.code in (codes.MAP_PAGES, codes.LIST_PAGES):
+            pages = _decode(value.payload, opened.where)
+            if type(pages) is list and pages and type(pages[-1]) is list:
+                below.update(opened.reference(position, Kind.TREE) for position in pages[-1])
+        elif type(value) is Tagged and value.code in _CONTAINERS:
+            waiting.append(_decode(value.payload, opened.where))
+    return values, below
+
+
+_AT_ONCE: Final = 256
+_MOST_COUNTED: Final = 4 * codes.MAX_VALUES
+"""A census counts type names and other fields as well."""
+
+_CONTAINERS: Final = frozenset(
+    (
+        codes.ROOT,
+        codes.TUPLE,
+        codes.NAMEDTUPLE,
+        codes.SET,
+        codes.FROZENSET,
+        codes.ORDERED_DICT,
+        codes.DEFAULT_DICT,
+        codes.DEQUE,
+        codes.NAMESPACE,
+        codes.SIMPLE_NAMESPACE,
+        codes.DATACLASS,
+    )
+)
+
 _TORCH_FLAGS: Final = (
     0,
     codes.REQUIRES_GRAD,
@@ -718,6 +823,18 @@ def _torch_value(stored: StoredTorch, framework: str | None) -> Any:
 # -- reading content ------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def memory_for(path: str, nbytes: int) -> Iterator[None]:
+    """Turn a MemoryError inside the block into a StorageError that says for what, and how much."""
+    try:
+        yield
+    except MemoryError:
+        raise StorageError(
+            f"{path}: not enough memory for {nbytes} bytes",
+            hint="only= reads a part; a machine with more memory reads it all",
+        ) from None
+
+
 class Filler:
     """Collects what is to be read, then reads it in one call."""
 
@@ -733,7 +850,8 @@ class Filler:
         if raw.flags.c_contiguous and not swapped:
             self.add_flat(content, bytes_of(raw))
             return
-        scratch: Raw = np.empty(raw.shape, raw.dtype)
+        with memory_for("the state", raw.nbytes):
+            scratch: Raw = np.empty(raw.shape, raw.dtype)
         flat = bytes_of(scratch)
         self.add_flat(content, flat)
 
@@ -813,7 +931,7 @@ class Materialiser:
         self._device = device
         self.filler = Filler(reader)
         self._tensors: list[tuple[str, StoredTensor, Spec]] = []
-        self._blobs: list[StoredBlob] = []
+        self._blobs: list[tuple[str, StoredBlob]] = []
         self._finish: list[Callable[[], None]] = []
 
     def values(self, nodes: Sequence[tuple[str, Stored]]) -> list[Any]:
@@ -822,16 +940,20 @@ class Materialiser:
             self._collect(path, node)
         # Whatever can be wrong about sizes has been checked by now: memory is allocated from here on.
         resolve(
-            self._reader, [node.content for _, node, _ in self._tensors] + [b.content for b in self._blobs]
+            self._reader,
+            [node.content for _, node, _ in self._tensors] + [blob.content for _, blob in self._blobs],
         )
         self._allocate()
-        memories = [bytearray(blob.content.nbytes) for blob in self._blobs]
-        for blob, memory in zip(self._blobs, memories, strict=True):
+        memories = []
+        for path, blob in self._blobs:
+            with memory_for(path, blob.content.nbytes):
+                memories.append(bytearray(blob.content.nbytes))
+        for (_, blob), memory in zip(self._blobs, memories, strict=True):
             self.filler.add_flat(blob.content, memoryview(memory))
         self.filler.run()
         for finish in self._finish:
             finish()
-        for blob, memory in zip(self._blobs, memories, strict=True):
+        for (_, blob), memory in zip(self._blobs, memories, strict=True):
             blob.result = _blob_value(blob.kind, memory)
         return [self._make(node) for _, node in nodes]
 
@@ -839,7 +961,7 @@ class Materialiser:
         if isinstance(node, StoredTensor):
             self._tensors.append((path, node, self._target(path, node.spec)))
         elif isinstance(node, StoredBlob):
-            self._blobs.append(node)
+            self._blobs.append((path, node))
         elif isinstance(node, Branch):
             if isinstance(node, Compound) and node.kind != "generator" and self._framework == "numpy":
                 raise InvalidError(f"{path}: a {node.kind} torch tensor has no numpy form")
@@ -869,7 +991,7 @@ class Materialiser:
         for at, (path, node, spec) in enumerate(self._tensors):
             device = self._device_of(path) if spec.framework == "torch" else None
             if node.alias is None:
-                self._own(node, spec, device)
+                self._own(path, node, spec, device)
             else:
                 groups.setdefault((node.spec.framework, node.alias.group, str(device)), []).append(at)
         for members in groups.values():
@@ -883,35 +1005,36 @@ class Materialiser:
             arranged = arrange(places, shift=spec.framework == "torch")
             if arranged is None:
                 for at in members:
-                    self._own(self._tensors[at][1], self._tensors[at][2], device)
+                    self._own(*self._tensors[at], device)
                 continue
             extent, found = arranged
             self._buffer(
+                path,
                 extent,
                 [(*self._tensors[at][1:], place) for at, place in zip(members, found, strict=True)],
                 device,
             )
 
-    def _own(self, node: StoredTensor, spec: Spec, device: Any) -> None:
+    def _own(self, path: str, node: StoredTensor, spec: Spec, device: Any) -> None:
         if node.order is None:
             strides = c_strides(spec.shape, spec.item)
         else:
             strides = ordered_strides(spec.shape, spec.item, node.order)
-        self._buffer(spec.nbytes, [(node, spec, Place(0, strides))], device)
+        self._buffer(path, spec.nbytes, [(node, spec, Place(0, strides))], device)
 
-    def _buffer(self, nbytes: int, members: list[tuple[StoredTensor, Spec, Place]], device: Any) -> None:
+    def _buffer(
+        self, path: str, nbytes: int, members: list[tuple[StoredTensor, Spec, Place]], device: Any
+    ) -> None:
         """Memory for tensors that live together, to be filled and then made into tensors."""
         torch = members[0][1].framework == "torch"
         base: Any = None
-        try:
+        with memory_for(path, nbytes):
             if torch:
-                base, memory = torch_tensors.allocate(nbytes)
+                base, memory = _torch_memory(nbytes)
             elif len(members) == 1:
                 memory = np.empty(nbytes, np.uint8)
             else:
                 memory = np.zeros(nbytes, np.uint8)  # bytes that no view shows
-        except RuntimeError as error:  # torch's way to say so
-            raise MemoryError(str(error)) from None
         seen = set()
         for node, spec, place in members:
             if spec.nbytes and (place, spec.shape, spec.item, node.spec.swap) not in seen:
@@ -943,6 +1066,13 @@ class Materialiser:
                 return found[0]
             return node.make(node.keys, found)
         raise CorruptionError(f"a {node.kind} within a state")
+
+
+def _torch_memory(nbytes: int) -> tuple[Any, Raw]:
+    try:
+        return torch_tensors.allocate(nbytes)
+    except RuntimeError as error:  # torch's way to say so
+        raise MemoryError(str(error)) from None
 
 
 def _blob_value(kind: str, memory: bytearray) -> Any:

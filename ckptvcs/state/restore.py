@@ -62,6 +62,7 @@ class Filled(NamedTuple):
     unexpected: tuple[str, ...]
 
 
+@tree.refuse_deep
 def fill(
     reader: ObjectReader,
     tree_id: ObjectId,

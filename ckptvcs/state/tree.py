@@ -6,12 +6,13 @@ into objects, `read` does the reverse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
 from ckptvcs.canonical import encode, encoded_map, encoded_tag
-from ckptvcs.errors import NotFoundError
+from ckptvcs.errors import NotFoundError, UnsupportedStateError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.state import codes, paths
 from ckptvcs.state.build import MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent
@@ -47,9 +48,14 @@ __all__ = [
     "load",
     "parts",
     "read",
+    "refuse_deep",
     "sizes",
     "write",
 ]
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class _Absent:
@@ -59,6 +65,20 @@ class _Absent:
 
 ABSENT: Final = _Absent()
 """Says that a tree has no state at all (None is a state)."""
+
+
+def refuse_deep(follow: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Values are followed by recursion, for which a caller deep in calls of its own may have left no room."""
+
+    @functools.wraps(follow)
+    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return follow(*args, **kwargs)
+        except RecursionError:
+            why = "nested too deeply to be followed from here; see sys.setrecursionlimit"
+            raise UnsupportedStateError([("", why)]) from None
+
+    return guarded
 
 
 class Written(NamedTuple):
@@ -73,6 +93,7 @@ class Written(NamedTuple):
     sizes: dict[str, int]
 
 
+@refuse_deep
 def write(writer: ObjectWriter, state: Any = ABSENT, files: Folder | None = None) -> Written:
     """Store a state, files, or both, as one tree.
 
@@ -128,6 +149,7 @@ def parts(reader: ObjectReader, tree: ObjectId) -> Parts:
     return Parts("state" in found, "files" in found)
 
 
+@refuse_deep
 def load(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None) -> Stored:
     """The stored nodes of a state, without any content. NotFoundError if there is none, or no match."""
     loader = Loader(reader)
@@ -158,6 +180,7 @@ def known_paths(stored: Stored) -> list[str]:
     return found
 
 
+@refuse_deep
 def read(
     reader: ObjectReader,
     tree: ObjectId,
@@ -183,6 +206,7 @@ def read(
     return Materialiser(reader, framework, device).values([("", stored)])[0]
 
 
+@refuse_deep
 def files(
     reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None
 ) -> dict[str, StoredFile | StoredLink]:

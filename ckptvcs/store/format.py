@@ -34,6 +34,13 @@ DAMAGED: Final = 0x02
 MAX_RAW: Final = 64 << 20
 """Largest raw length of one record. Checked before anything is allocated for it."""
 
+MAX_OBJECT: Final = 8 << 20
+"""The same for trees and commits. Trees are split far below it; but a byte may decode to a container, which
+takes a hundred bytes of memory, so what is decoded as a whole has a limit of its own."""
+
+MAX_STORED: Final = MAX_RAW + (64 << 10)
+"""Largest payload of one record: no codec makes a chunk longer than by a few bytes."""
+
 PACK_LIMIT: Final = 1 << 30
 """A pack is sealed at a commit, or when it passes this size."""
 
@@ -74,6 +81,18 @@ GRIDS: Final = {
 
 
 # -- records --------------------------------------------------------------------------------------
+
+
+def largest(kind: Kind) -> int:
+    """The most raw bytes that a record of this kind may have."""
+    return MAX_OBJECT if kind in (Kind.TREE, Kind.COMMIT) else MAX_RAW
+
+
+def _fits(kind: int, raw: int, stored: int) -> bool:
+    return kind in _KINDS and raw <= largest(Kind(kind)) and stored <= MAX_STORED
+
+
+_KINDS: Final = frozenset(int(kind) for kind in Kind)
 
 RECORD_MAGIC: Final = b"CKR\x01"
 _HEADER: Final = struct.Struct("<4sBBBBB3xII32s32s16sI")
@@ -123,14 +142,11 @@ class Header(NamedTuple):
             raise FormatError(
                 f"{where}: record at {offset} has version {version}; this program reads {VERSION}"
             )
-        if kind not in _KINDS or raw > MAX_RAW or flags & ~HAS_BASE or bool(flags) != (base != NO_BASE):
+        if not _fits(kind, raw, stored) or flags & ~HAS_BASE or bool(flags) != (base != NO_BASE):
             raise CorruptionError(f"{where}: impossible record header at {offset}", path=where, offset=offset)
         return cls(
             Kind(kind), codec, element, raw, stored, ObjectId(id), ObjectId(base) if flags else None, mark
         )
-
-
-_KINDS: Final = frozenset(int(kind) for kind in Kind)
 
 
 def record_bytes(stored: int, based: bool) -> int:
@@ -206,9 +222,9 @@ def pack_footer(entries: list[Entry], name: PackName, end: int) -> bytes:
         + (e.base or b"")
         for e in entries
     )
-    head = _TRAILER.pack(
-        TRAILER_MAGIC, len(entries), end, len(body), name.lease, name.seq, digest(body), 0
-    )[:-4]
+    head = _TRAILER.pack(TRAILER_MAGIC, len(entries), end, len(body), name.lease, name.seq, digest(body), 0)[
+        :-4
+    ]
     return body + head + zlib.crc32(head).to_bytes(4, "little")
 
 
@@ -256,7 +272,7 @@ def _entries(body: bytes, trailer: Trailer, where: str) -> Iterator[Entry]:
             base = ObjectId(body[at : at + ID_BYTES]) if at + ID_BYTES <= len(body) else None
             at += ID_BYTES
         inside = offset + HEADER_BYTES + stored <= trailer.footer_offset
-        if kind not in _KINDS or raw > MAX_RAW or flags & ~HAS_BASE or not inside:
+        if not _fits(kind, raw, stored) or flags & ~HAS_BASE or not inside:
             raise CorruptionError(f"{where}: impossible footer entry", path=where, offset=offset)
         yield Entry(offset, Kind(kind), codec, element, raw, stored, ObjectId(id), base)
     if at != len(body):
@@ -275,9 +291,7 @@ def pack_object(references: list[tuple[Kind, ObjectId]], body: bytes) -> bytes:
 
     The store follows references without understanding any body.
     """
-    return b"".join(
-        [_COUNT.pack(len(references)), *[bytes((kind,)) + id for kind, id in references], body]
-    )
+    return b"".join([_COUNT.pack(len(references)), *[bytes((kind,)) + id for kind, id in references], body])
 
 
 def unpack_object(payload: Buffer, where: str) -> tuple[list[tuple[Kind, ObjectId]], memoryview]:
@@ -357,8 +371,8 @@ class Format:
             if title != _FORMAT_TITLE or rest or digest(body.encode()).hex() != mark:
                 raise damaged
             fields: dict[str, Any] = json.loads(body)
-            version = int(fields["version"])
-        except (ValueError, KeyError, TypeError):
+            version = _whole(fields["version"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise damaged from None
         if version != VERSION:
             raise FormatError(
@@ -368,13 +382,13 @@ class Format:
         try:
             features = fields["features"]
             found = cls(
-                repository=str(uuid.UUID(fields["repository"])),
-                index=str(uuid.UUID(fields["index"])),
-                lmdb=int(fields["lmdb"]),
-                grid=int(fields["grid"]),
-                read=tuple(map(str, features["read"])),
-                write=tuple(map(str, features["write"])),
-                gc=tuple(map(str, features["gc"])),
+                repository=str(uuid.UUID(_text(fields["repository"]))),
+                index=str(uuid.UUID(_text(fields["index"]))),
+                lmdb=_whole(fields["lmdb"]),
+                grid=_whole(fields["grid"]),
+                read=tuple(map(_text, features["read"])),
+                write=tuple(map(_text, features["write"])),
+                gc=tuple(map(_text, features["gc"])),
             )
         except (ValueError, KeyError, TypeError):
             raise damaged from None
@@ -394,6 +408,18 @@ class Format:
                 f"{', '.join(unknown)}, and this one does not",
                 hint="use a newer ckptvcs",
             )
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError("not a whole number")
+    return value
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise TypeError("not a text")
+    return value
 
 
 class Layout:

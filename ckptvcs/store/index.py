@@ -33,7 +33,7 @@ from ckptvcs import canonical
 from ckptvcs.disk import Disk, in_forked_child
 from ckptvcs.errors import CkptError, CorruptionError, FormatError, LockedError, NotFoundError, StorageError
 from ckptvcs.ids import ID_BYTES, Buffer, Kind, ObjectId
-from ckptvcs.store.format import DAMAGED, HAS_BASE, PackName, record_bytes
+from ckptvcs.store.format import DAMAGED, HAS_BASE, MAX_STORED, PackName, largest, record_bytes
 from ckptvcs.store.journal import (
     Drop,
     Expire,
@@ -64,6 +64,7 @@ databases can only be opened through a write transaction, which would make every
 
 _ROW: Final = struct.Struct("<BBBBHIIQ16sI")
 _CRC: Final = struct.Struct("<I")
+_KINDS: Final = frozenset(int(kind) for kind in Kind)
 _PACK: Final = struct.Struct("<QI")
 
 
@@ -123,6 +124,12 @@ class Row(NamedTuple):
             )
         kind, codec, element, flags, depth, raw, stored, offset, lease, seq = _ROW.unpack_from(body)
         base = ObjectId(body[_ROW.size :]) if flags & HAS_BASE else None
+        if kind not in _KINDS or raw > largest(Kind(kind)) or stored > MAX_STORED:
+            raise CorruptionError(
+                f"the index row of {bytes(key).hex()[:8]} is impossible",
+                hint="`ckpt fsck --rebuild` makes the index anew",
+                id=bytes(key).hex(),
+            )
         return cls(
             Kind(kind),
             codec,

@@ -17,15 +17,48 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from ckptvcs import canonical
 from ckptvcs.disk import Disk, WriteFile
-from ckptvcs.errors import CorruptionError, StorageError
-from ckptvcs.ids import ObjectId, digest
+from ckptvcs.errors import CorruptionError, InvalidError, StorageError
+from ckptvcs.ids import ID_BYTES, ObjectId, digest
 
 Target: TypeAlias = ObjectId | str
 """What a ref points at: a commit, or (HEAD only) the name of another ref."""
+
+LONGEST_NAME: Final = 510
+"""UTF-8 bytes of a ref's or branch's name: LMDB's keys have 511, and one of them names the table."""
+
+LONGEST_KEY: Final = LONGEST_NAME - ID_BYTES
+"""UTF-8 bytes of a note's key, which follows the commit's id."""
+
+_SCALARS: Final = (type(None), bool, int, float, str)
+
+
+def _require(fits: bool, what: str) -> None:
+    """What nobody may enter into the log, or find in it."""
+    if not fits:
+        raise InvalidError(what)
+
+
+def _require_name(name: object, what: str, longest: int = LONGEST_NAME) -> None:
+    if type(name) is not str:
+        raise InvalidError(f"{what} is text, not a {type(name).__name__}")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise InvalidError(f"{name[:40]!r} cannot be {what}: it is not valid text") from None
+    if size > longest:
+        raise InvalidError(f"{name[:40] + '…'!r} cannot be {what}: it is longer than {longest} bytes")
+
+
+def _require_commit(id: object) -> None:
+    _require(type(id) is ObjectId, f"a commit is named by its id, not by a {type(id).__name__}")
+
+
+def _require_number(value: object, what: str, least: int) -> None:
+    _require(type(value) is int and least <= value < 1 << 63, f"{what} is a whole number from {least} up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +69,12 @@ class Move:
     old: Target | None
     new: Target | None
 
+    def __post_init__(self) -> None:
+        _require_name(self.name, "a ref's name")
+        for target in (self.old, self.new):
+            if target is not None and type(target) is not ObjectId:
+                _require_name(target, "a ref's target")
+
 
 @dataclass(frozen=True, slots=True)
 class Note:
@@ -45,6 +84,11 @@ class Note:
     key: str
     value: float | int | str | bool | None
 
+    def __post_init__(self) -> None:
+        _require_commit(self.commit)
+        _require_name(self.key, "a note's key", LONGEST_KEY)
+        _require(type(self.value) in _SCALARS, f"a note cannot be a {type(self.value).__name__}")
+
 
 @dataclass(frozen=True, slots=True)
 class Pin:
@@ -52,6 +96,10 @@ class Pin:
 
     commit: ObjectId
     pinned: bool
+
+    def __post_init__(self) -> None:
+        _require_commit(self.commit)
+        _require(type(self.pinned) is bool, "a commit is pinned or not")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +109,12 @@ class Drop:
     commit: ObjectId
     names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        _require_commit(self.commit)
+        _require(type(self.names) is tuple, "the names of components are a tuple")
+        for name in self.names:
+            _require(type(name) is str, f"a component's name is text, not a {type(name).__name__}")
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -69,12 +123,20 @@ class Status:
     branch: str
     status: str | None
 
+    def __post_init__(self) -> None:
+        _require_name(self.branch, "a branch")
+        if self.status is not None:
+            _require_name(self.status, "a run's status")
+
 
 @dataclass(frozen=True, slots=True)
 class Expire:
     """Log entries at positions below this one leave the log table."""
 
     before: int
+
+    def __post_init__(self) -> None:
+        _require_number(self.before, "a log position", 0)
 
 
 Operation: TypeAlias = Move | Note | Pin | Drop | Status | Expire
@@ -100,6 +162,15 @@ class LogEntry:
     operations: tuple[Operation, ...]
     info: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _require_number(self.position, "a log position", 1)
+        _require_number(self.time, "a time", -(1 << 63))
+        _require(type(self.who) is str and type(self.why) is str, "who and why are text")
+        _require(type(self.info) is dict, "an entry's info is a dict")
+        for name, value in self.info.items():
+            plain = all(type(each) in _SCALARS for each in (value if type(value) is list else [value]))
+            _require(type(name) is str and plain, "an entry's info is names with plain values")
+
     def encode(self) -> bytes:
         """The canonical bytes kept in the log table and, in base64, in the file."""
         return canonical.encode(
@@ -111,8 +182,9 @@ class LogEntry:
         """The inverse of `encode`. CorruptionError for anything else."""
         try:
             time, who, why, operations, info = canonical.decode(data)
-            return cls(position, time, who, why, tuple(_decode_operation(op) for op in operations), info)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            made = tuple(_decode_operation(op) for op in _listed(operations))
+            return cls(position, time, who, why, made, info)
+        except (ValueError, TypeError) as error:
             raise CorruptionError(f"log entry {position} is damaged: {error}") from None
 
 
@@ -132,20 +204,20 @@ def _encode_operation(op: Operation) -> list[Any]:
             return ["expire", before]
 
 
-def _decode_operation(fields: list[Any]) -> Operation:
-    kind, *rest = fields
+def _decode_operation(fields: Any) -> Operation:
+    kind, *rest = _listed(fields)
     if kind == "ref":
         name, old, new = rest
         return Move(name, _decode_target(old), _decode_target(new))
     if kind == "note":
         commit, key, value = rest
-        return Note(ObjectId(commit), key, value)
+        return Note(_decode_commit(commit), key, value)
     if kind == "pin":
         commit, pinned = rest
-        return Pin(ObjectId(commit), pinned)
+        return Pin(_decode_commit(commit), pinned)
     if kind == "drop":
         commit, names = rest
-        return Drop(ObjectId(commit), tuple(names))
+        return Drop(_decode_commit(commit), _listed(names))
     if kind == "status":
         branch, status = rest
         return Status(branch, status)
@@ -153,6 +225,18 @@ def _decode_operation(fields: list[Any]) -> Operation:
         (before,) = rest
         return Expire(before)
     raise ValueError(f"unknown operation {kind!r}")
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    if type(value) is not list:
+        raise ValueError(f"a {type(value).__name__} where a list belongs")
+    return tuple(value)
+
+
+def _decode_commit(value: Any) -> ObjectId:
+    if type(value) is not bytes:
+        raise ValueError(f"a {type(value).__name__} where an id belongs")
+    return ObjectId(value)
 
 
 def _encode_target(target: Target | None) -> bytes | str | None:

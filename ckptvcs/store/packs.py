@@ -151,14 +151,24 @@ class PackFile:
         body = self._file.read(trailer.footer_offset, trailer.footer_bytes)
         return unpack_footer(body, trailer, str(self.path))
 
+    def _read(self, offset: int, length: int, record: int) -> bytes:
+        """Exactly these bytes of the record at `record`. Refused before memory is taken for them."""
+        inside = offset + length <= self._file.size()
+        data = self._file.read(offset, length) if inside else b""
+        if len(data) < length or not inside:
+            raise CorruptionError(
+                f"{self.path}: record at {record} is cut short", path=str(self.path), offset=record
+            )
+        return data
+
     def header(self, offset: int) -> Header:
         """The header at `offset`."""
-        return Header.unpack(self._file.read(offset, HEADER_BYTES), str(self.path), offset)
+        return Header.unpack(self._read(offset, HEADER_BYTES, offset), str(self.path), offset)
 
     def payload(self, header: Header, offset: int) -> bytes:
         """The payload of the record at `offset`, checked against the header's digest."""
-        payload = self._file.read(offset + HEADER_BYTES, header.stored)
-        if len(payload) < header.stored or digest(payload) != header.digest:
+        payload = self._read(offset + HEADER_BYTES, header.stored, offset)
+        if digest(payload) != header.digest:
             raise CorruptionError(
                 f"{self.path}: the {header.kind.label} {header.id.short} at {offset} is damaged",
                 path=str(self.path),
@@ -169,11 +179,11 @@ class PackFile:
 
     def record(self, offset: int, stored: int) -> tuple[Header, bytes]:
         """Header and payload in one read. The caller verifies the id, so the digest is not checked."""
-        data = self._file.read(offset, HEADER_BYTES + stored)
+        data = self._read(offset, HEADER_BYTES + stored, offset)
         header = Header.unpack(data, str(self.path), offset)
-        if header.stored != stored or len(data) < HEADER_BYTES + stored:
+        if header.stored != stored:
             raise CorruptionError(
-                f"{self.path}: the record at {offset} is cut short or not the one indexed",
+                f"{self.path}: the record at {offset} is not the one indexed",
                 path=str(self.path),
                 offset=offset,
                 id=str(header.id),
@@ -181,26 +191,37 @@ class PackFile:
         return header, data[HEADER_BYTES:]
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Raw bytes of the file, for frames that need no decoding."""
-        return self._file.read_into(buffer, offset)
+        """Raw bytes of the file, for frames that need no decoding; fewer only at its end."""
+        return self._file.read_into(buffer, offset) if offset < self._file.size() else 0
 
     def scan(self) -> Iterator[Entry]:
         """Every whole, undamaged record, found without the footer.
 
         After damage the scan goes on at the next record magic. A record counts only if header and
         payload pass their checks, so that bytes which merely look like one are passed over.
+
+        The time is linear in the file's size: once the payloads that failed are longer than twice the
+        file, which takes records made to hold each other, the scan goes on behind a record that fails.
         """
         size = self._file.size()
-        at = 0
-        while at + HEADER_BYTES <= size:
+        magics = _Magics(self._file, size)
+        failed = 0
+        at = magics.find(0)
+        while at is not None:
             try:
                 header = self.header(at)
-                self.payload(header, at)
             except (CorruptionError, FormatError):
-                found = self._find_magic(at + 1, size)
-                if found is None:
-                    return
-                at = found
+                at = magics.find(at + 1)
+                continue
+            end = at + HEADER_BYTES + header.stored
+            if end > size:
+                at = magics.find(at + 1)
+                continue
+            try:
+                self.payload(header, at)
+            except CorruptionError:
+                failed += header.stored
+                at = magics.find(end if failed > 2 * size else at + 1)
                 continue
             yield Entry(
                 at,
@@ -212,18 +233,31 @@ class PackFile:
                 header.id,
                 header.base,
             )
-            at += HEADER_BYTES + header.stored
-
-    def _find_magic(self, start: int, size: int) -> int | None:
-        step = 1 << 20
-        while start < size:
-            window = self._file.read(start, step + len(RECORD_MAGIC) - 1)
-            found = window.find(RECORD_MAGIC)
-            if found >= 0:
-                return start + found
-            start += step
-        return None
+            at = magics.find(end)
 
     def close(self) -> None:
         """Give the descriptor back."""
         self._file.close()
+
+
+class _Magics:
+    """Finds record magics in a file, front to back."""
+
+    def __init__(self, file: ReadFile, size: int) -> None:
+        self._file = file
+        self._size = size
+        self._start = 0
+        self._window = b""
+
+    def find(self, at: int) -> int | None:
+        """The first magic at or behind `at`, which is never less than before."""
+        while at + len(RECORD_MAGIC) <= self._size:
+            if at + len(RECORD_MAGIC) > self._start + len(self._window):
+                self._start, self._window = at, self._file.read(at, _BUFFER)
+            found = self._window.find(RECORD_MAGIC, at - self._start)
+            if found >= 0:
+                return self._start + found
+            if len(self._window) < len(RECORD_MAGIC):
+                return None
+            at = self._start + len(self._window) - len(RECORD_MAGIC) + 1
+        return None

@@ -115,11 +115,10 @@ def test_commit_refuses(
         assert set(repo.branches()) == {"main"}
 
 
-def test_a_commit_of_nothing_is_pointed_out(repo: Repo, folder: Path) -> None:
+def test_a_commit_of_nothing_is_refused(repo: Repo, folder: Path) -> None:
     (folder / "empty").mkdir()
-    done = ckpt(folder, "commit", "-m", "x", "empty")
-    assert done.err.startswith("warning: ")
-    assert "no file at all" in done.err
+    refused(folder, "commit", "-m", "x", "empty", code=2, words="nothing to commit")
+    assert repo.branches() == {}
 
 
 def test_commit_needs_a_branch(files: Path) -> None:

@@ -69,7 +69,7 @@ def test_fsck_finds_a_truncated_pack(files: Path) -> None:
     assert "found." in done.out
     found = ckpt(files, "fsck", "--json", code=13).json
     assert found["ok"] is False
-    assert set(found["problems"][0]) == {"message", "id", "path", "refs"}
+    assert set(found["problems"][0]) == {"message", "id", "path", "refs", "commits"}
 
 
 def test_fsck_rebuilds(files: Path) -> None:

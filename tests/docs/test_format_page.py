@@ -12,10 +12,11 @@ import pytest
 
 from ckptvcs import canonical
 from ckptvcs.disk import Disk
+from ckptvcs.history import commit
 from ckptvcs.history.commit import encode_commit
 from ckptvcs.ids import Kind, ObjectId, chunk_id
 from ckptvcs.state import codes, tree
-from ckptvcs.store import codec, index
+from ckptvcs.store import codec, index, journal
 from ckptvcs.store import format as layouts
 from ckptvcs.store.journal import Drop as DropRecord
 from ckptvcs.store.journal import Expire, Journal, LogEntry, Move, Note, Operation, Pin, Status
@@ -96,6 +97,9 @@ def test_sizes_named_in_the_text() -> None:
     assert layouts.record_bytes(0, False) - 104 == 52
     assert layouts.record_bytes(0, True) - 104 == 84
     assert (layouts.MAX_RAW, layouts.MAX_DEPTH, layouts.PACK_LIMIT) == (67_108_864, 8, 1 << 30)
+    assert (layouts.MAX_OBJECT, layouts.MAX_STORED) == (8_388_608, 67_174_400)
+    assert (journal.LONGEST_NAME, journal.LONGEST_KEY) == (510, 478)
+    assert (codes.MAX_VALUES, commit.MAX_DEPTH) == (8_388_608, 100)
     assert codec.CODECS.keys() == {0, 1}
     assert range(240, 256) == codec.EXPERIMENTAL
     assert (codes.REFERENCE, codes.MAX_DEPTH, canonical.MAX_DEPTH) == (36, 100, 200)
@@ -120,12 +124,12 @@ def test_index_tables() -> None:
 
 
 def test_operations() -> None:
-    commit = ObjectId(bytes(32))
+    id = ObjectId(bytes(32))
     samples: list[Operation] = [
-        Move("HEAD", None, commit),
-        Note(commit, "k", 1),
-        Pin(commit, True),
-        DropRecord(commit, ("optimizer",)),
+        Move("HEAD", None, id),
+        Note(id, "k", 1),
+        Pin(id, True),
+        DropRecord(id, ("optimizer",)),
         Status("main", "running"),
         Expire(3),
     ]

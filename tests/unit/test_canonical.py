@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ckptvcs.canonical import (
     BIGINT,
+    MAX_DEPTH,
     NotCanonicalError,
     Tagged,
     decode,
@@ -214,8 +215,22 @@ def test_parts_put_together() -> None:
 
 def test_deep_nesting_is_an_error_and_not_a_crash() -> None:
     deep: list[Any] = []
-    for _ in range(200):
+    for _ in range(MAX_DEPTH):
         deep = [deep]
     assert decode(encode(deep)) == deep
-    with pytest.raises(NotCanonicalError):
-        decode(b"\x91" * 100_000 + b"\xc0")
+    for count in (MAX_DEPTH + 2, 600, 1024, 5000, 100_000):
+        with pytest.raises(NotCanonicalError):
+            decode(b"\x91" * count + b"\xc0")
+
+
+@pytest.mark.parametrize("wrap", [lambda v: [v], lambda v: {"k": v}, lambda v: [0, v, 0]])
+def test_writer_and_reader_draw_the_line_at_the_same_depth(wrap: Any) -> None:
+    value: Any = None
+    for _ in range(MAX_DEPTH + 1):
+        value = wrap(value)
+        assert decode(encode(value)) == value
+    value = wrap(value)
+    with pytest.raises(ValueError, match="deeper than 200"):
+        encode(value)
+    with pytest.raises(NotCanonicalError, match="deeper than 200"):
+        decode(msgpack.packb(value))

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs import CorruptionError, InvalidError, ObjectId, UnsupportedStateError, canonical
+from ckptvcs.canonical import Tagged
 from ckptvcs.history.commit import (
     Commit,
     CommitReport,
@@ -58,6 +59,14 @@ def fields(**changes: Any) -> dict[str, Any]:
         "sizes": {},
         **changes,
     }
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A config with a container within so many others."""
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"k": value}
+    return value
 
 
 def decoded(**changes: Any) -> Commit:
@@ -146,6 +155,36 @@ def test_a_damaged_payload_is_never_something_else_than_an_error(data: st.DataOb
         {"config": None},
         {"sizes": 1},
         {"environment": "x"},
+        {"tree": True},
+        {"tree": -2},
+        {"tree": 0.0},
+        {"parents": [1.0]},
+        {"parents": [True]},
+        {"parents": ""},
+        {"parents": {}},
+        {"origin": -1},
+        {"metrics": {1: 2}},
+        {"metrics": {b"a": 2}},
+        {"metrics": {"a": "x"}},
+        {"metrics": {"a": True}},
+        {"metrics": {"a": None}},
+        {"metrics": {"a": Tagged(9, b"")}},
+        {"metrics": {"a": [1]}},
+        {"sizes": {"a": -1}},
+        {"sizes": {"a": 1.5}},
+        {"sizes": {"a": True}},
+        {"sizes": {1: 1}},
+        {"config": {"a": Tagged(9, b"")}},
+        {"config": {"a": [1, {"b": [Tagged(9, b"")]}]}},
+        {"config": {Tagged(9, b""): 1}},
+        {"config": {"a": {None: 1}}},
+        {"config": {"a": {1.5: 1}}},
+        {"config": {"a": [[{b"k": 1}]]}},
+        {"config": nested(101)},
+        {"overrides": {"a": [Tagged(9, b"")]}},
+        {"environment": {"argv": [Tagged(9, b"")]}},
+        {"author": Tagged(9, b"")},
+        {"message": b"bytes"},
     ],
 )
 def test_impossible_fields(change: dict[str, Any]) -> None:
@@ -156,6 +195,12 @@ def test_impossible_fields(change: dict[str, Any]) -> None:
     del whole[next(iter(change))]
     with pytest.raises(CorruptionError, match="cannot be read"):
         decode_commit(TREE, pack_object(references, canonical.encode(whole)))
+
+
+@pytest.mark.parametrize("body", [[], "x", None, {}, 5])
+def test_a_body_that_is_no_commit(body: Any) -> None:
+    with pytest.raises(CorruptionError, match="cannot be read"):
+        decode_commit(TREE, pack_object([(Kind.TREE, TREE)], canonical.encode(body)))
 
 
 def test_titles() -> None:
@@ -200,6 +245,42 @@ def test_all_bad_places_of_a_config_are_listed() -> None:
     with pytest.raises(UnsupportedStateError) as caught:
         plain_config({"a": Colour.RED, "b": [1, {"c": object()}], "d": {1, 2}, "ok": 1})
     assert [path for path, _ in caught.value.leaves] == ["config/a", "config/b/1/c", "config/d"]
+
+
+def test_configs_that_have_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptvcs.history.commit.MAX_VALUES", 20_000)
+    cyclic: dict[str, Any] = {"a": [1], "b": {}}
+    cyclic["b"]["c"] = cyclic
+    listed: list[Any] = []
+    listed += [listed, listed]
+    space = argparse.Namespace(x=1)
+    space.itself = [space]
+    for config, path in ((cyclic, "config/b/c"), ({"l": listed}, "config/l/0"), (space, "config/itself/0")):
+        with pytest.raises(UnsupportedStateError, match="contains itself") as caught:
+            plain_config(config)
+        assert caught.value.leaves[0][0] == path
+    twice: list[Any] = []
+    for _ in range(60):
+        twice = [twice, twice]
+    with pytest.raises(UnsupportedStateError, match=r"more than \d+ values"):
+        plain_config({"l": twice})
+
+
+def test_writer_and_reader_draw_the_line_at_the_same_depth_of_a_config() -> None:
+    config = plain_config(nested(100))
+    assert decoded(config=config).config == config
+    for depth in (101, 500, 100_000):
+        with pytest.raises(UnsupportedStateError, match="nested deeper than 100"):
+            plain_config(nested(depth))
+
+
+def test_a_deep_config_under_a_deep_stack() -> None:
+    def below(count: int) -> Any:
+        return below(count - 1) if count else plain_config(nested(100))
+
+    assert below(300) == nested(100)
+    with pytest.raises(UnsupportedStateError, match="too deeply"):
+        below(900)
 
 
 @pytest.mark.parametrize("config", [3, "text", [1], np.zeros(3)])

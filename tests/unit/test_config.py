@@ -54,6 +54,9 @@ def test_durations(duration: Any, seconds: float) -> None:
         [],
         float("nan"),
         float("inf"),
+        10**400,
+        pytest.param(10**5000, id="5000 digits"),
+        "9" * 5000,
         1e11,
         datetime.timedelta(seconds=-1),
         "99999999999d",
@@ -91,6 +94,9 @@ def test_defaults() -> None:
         'environment = "yes"',
         "gc.grace = true",
         'gc.grace = "soon"',
+        "gc.grace = 1" + "0" * 400,
+        "gc.grace = 0x" + "f" * 6000,
+        "author = 0x" + "f" * 6000,
         'metric.loss.mode = "best"',
         "metric.loss.mode = 1",
     ],
@@ -102,7 +108,20 @@ def test_impossible_values_name_file_and_key(text: str) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("text", ["a = ", "[", "a = 1\na = 2", "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = ",
+        "[",
+        "a = 1\na = 2",
+        "\x00",
+        "a = " + "[" * 5000 + "]" * 5000,
+        "a" + ".a" * 5000 + " = 1",
+        "a = " + "9" * 5000,
+        "gc.grace = " + "9" * 5000,
+    ],
+    ids=range(8),
+)
 def test_broken_files(text: str) -> None:
     with pytest.raises(InvalidError, match=r"config\.toml cannot be read"):
         Config(text)

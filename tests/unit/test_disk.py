@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptvcs.disk import Disk, Folder, WriteFile, check_name, translated, usable_cpus
+from ckptvcs.disk import Disk, Folder, WriteFile, check_name, check_target, translated, usable_cpus
 from ckptvcs.errors import LockedError, StorageError
 
 disk = Disk()
@@ -368,3 +368,27 @@ def test_folders_and_files(tmp_path: Path) -> None:
             below.remove("f")
             below.sync()
             assert below.names() == []
+
+
+@pytest.mark.parametrize("target", ["", "a\0b", "\ud800"])
+def test_targets_that_no_link_can_have(target: str) -> None:
+    with pytest.raises(StorageError, match="refusing the link target"):
+        check_target(target)
+    check_target("caf\udce9")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\0b", "\ud800"])
+def test_names_that_are_no_step_below_a_folder(name: str) -> None:
+    with pytest.raises(StorageError, match="refusing the file name"):
+        check_name(name)
+    check_name("caf\udce9")
+
+
+def test_only_an_empty_folder_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    with Folder.open(tmp_path) as folder:
+        folder.remove_folder("empty")
+        with pytest.raises(StorageError, match="cannot remove"):
+            folder.remove_folder("full")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]

@@ -12,8 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptvcs import ConflictError, InvalidError, NotFoundError, Repo, StorageError
-from ckptvcs.ids import Hasher
+from ckptvcs import ConflictError, CorruptionError, InvalidError, NotFoundError, Repo, StorageError
+from ckptvcs.ids import Hasher, ObjectId, chunk_id
+from ckptvcs.state import files, tree
+from ckptvcs.state.tensors import BytesSource
+from ckptvcs.testing.memory import MemoryStore
 
 
 def fill(place: Path, files: dict[str, bytes]) -> None:
@@ -240,8 +243,139 @@ def test_what_is_no_file_is_listed(repo: Repo) -> None:
     assert repo.branches() == {}
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/../b", "a\0b", ".."])
-def test_impossible_tree_paths(repo: Repo, name: str) -> None:
+def test_nothing_is_no_commit(repo: Repo) -> None:
+    (repo.path / "void" / "inside").mkdir(parents=True)
+    for paths in ({}, {"void": repo.path / "void"}, {".": repo.path}, {"x": repo.path / ".ckpt"}):
+        with pytest.raises(InvalidError, match="nothing to commit"):
+            repo.commit_files(paths)
+    with pytest.raises(InvalidError, match="nothing to commit"):
+        repo.commit({"n": 1}, files={"void": repo.path / "void"})
+    assert repo.branches() == {}
+    assert repo.checkout(repo.commit({"n": 1}, files={})) == {"n": 1}
+    (repo.path / "link").symlink_to("nowhere")
+    assert repo.checkout(repo.commit_files({".": repo.path})) == {"link": b"nowhere"}
+
+
+@pytest.mark.parametrize("source", ["..", ".", "d/..", "../d/e/.."])
+def test_folders_without_a_name_of_their_own(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    fill(repo.path, {"d/e/f": b"f"})
+    monkeypatch.chdir(repo.path / "d")
+    made = repo.commit_files({"x": source})
+    below = os.path.relpath(repo.path / "d/e/f", source)
+    assert repo.checkout(made) == {f"x/{below}": b"f"}
+
+
+def test_the_name_of_the_repository_is_refused_in_a_commit(repo: Repo) -> None:
+    fill(repo.path, {"f": b"f", "other/.CKPT": b"a file", "sub/.Ckpt/f": b"in a folder", "sub/g": b"g"})
+    for name in (".ckpt", ".ckpt/refs.journal", "a/.ckpt/f", ".CKPT/f", "a/.Ckpt"):
+        with pytest.raises(InvalidError, match=r"cannot be a path .* the repository's own"):
+            repo.commit_files({name: repo.path / "f"})
+        with pytest.raises(InvalidError, match="repository's own"):
+            repo.commit({}, files={name: repo.path / "f"})
+    with pytest.raises(InvalidError, match=r"o/\.CKPT: the name"):
+        repo.commit_files({"o": repo.path / "other"})
+    assert repo.checkout(repo.commit_files({"sub": repo.path / "sub"})) == {"sub/g": b"g"}
+
+
+def stored(folder: dict[str, Any]) -> tuple[MemoryStore, ObjectId]:
+    """A tree of files as no commit would make it: names and targets are not checked."""
+
+    def made(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: made(each) for name, each in value.items()}
+        if isinstance(value, str):
+            return tree.LinkContent(value)
+        data, mode = value if isinstance(value, tuple) else (value, 0o644)
+        sources = [BytesSource(data)] if data else []
+        return tree.FileContent(len(data), mode, bytes(chunk_id(data)), 0, sources)
+
+    store = MemoryStore()
+    return store, tree.write(store, files=made(folder)).tree
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "repository": {".ckpt": {"config.toml": b"x"}},
+    "repository below": {"d": {".ckpt": {"format": b"x"}}},
+    "repository in capitals": {".CKPT": {"format": b"x"}},
+    "repository file": {".Ckpt": b"x"},
+    "up": {"..": {"x": b"x"}},
+    "up in one name": {"a/../../x": b"x"},
+    "here": {".": b"x"},
+    "absolute": {"/etc/x": b"x"},
+    "empty": {"": b"x"},
+    "empty step": {"a//b": b"x"},
+    "NUL": {"a\0b": b"x"},
+    "no byte": {"a\ud800b": b"x"},
+    "NUL in a link": {"link": "a\0b"},
+    "link to nothing": {"link": ""},
+    "link without bytes": {"link": "\ud800"},
+    "file as folder": {"a": b"x", "a/b": b"x"},
+    "link as folder": {"a": "/tmp", "a/evil": b"x"},
+    "link as folder, later": {"a/b/evil": b"x", "a/b": "/tmp"},
+    "link to the repository": {"a": ".ckpt", "a/config.toml": b"x"},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("force", [False, True])
+def test_hostile_trees_are_refused_before_anything_is_written(tmp_path: Path, name: str, force: bool) -> None:
+    store, id = stored({"0 first": b"fine", **HOSTILE[name], "z last": b"fine"})
+    with pytest.raises(CorruptionError, match="the commit holds"):
+        files.write_out(store, id, tmp_path / "out", force=force)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CorruptionError, match="the commit holds"):
+        files.contents(store, id)
+
+
+@pytest.mark.parametrize("mode", [0o4755, 0o2755, 0o1755, 0o7777, 0o170755])
+def test_special_permission_bits_of_a_commit_are_left_out(tmp_path: Path, mode: int) -> None:
+    store, id = stored({"f": (b"#!/bin/sh\n", mode)})
+    assert [entry.mode for entry in files.entries(store, id)] == [mode & 0o777]
+    files.write_out(store, id, tmp_path)
+    assert (tmp_path / "f").stat().st_mode & 0o7777 == mode & 0o777
+    assert files.write_out(store, id, tmp_path).unchanged == ["f"]
+    assert files.status(store, id, tmp_path).unchanged == ["f"]
+
+
+TRANSITIONS: list[tuple[dict[str, bytes], list[str], dict[str, Any], bool]] = [
+    # files there, empty folders there, the tree, whether force may do it
+    ({"a": b"old"}, [], {"a": {"b": b"new"}}, True),
+    ({"a": b"old"}, [], {"a": {"b": {"c": b"new"}, "d": b"new"}}, True),
+    ({}, ["a"], {"a": b"new"}, True),
+    ({}, ["d/a"], {"d": {"a": "target"}}, True),
+    ({"a/old": b"old"}, [], {"a": b"new"}, False),
+    ({}, ["a/inside"], {"a": b"new"}, False),
+    ({"a/old": b"old", "b": b"old"}, ["c"], {"a": b"new", "b": {"x": b"new"}, "c": b"new"}, False),
+]
+
+
+@pytest.mark.parametrize(("there", "folders", "wanted", "possible"), TRANSITIONS)
+def test_a_file_where_a_folder_belongs_and_the_reverse(
+    tmp_path: Path, there: dict[str, bytes], folders: list[str], wanted: dict[str, Any], possible: bool
+) -> None:
+    store, id = stored({"0": b"first", **wanted})
+    fill(tmp_path, there)
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConflictError, match="would be overwritten"):
+        files.write_out(store, id, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    if possible:
+        files.write_out(store, id, tmp_path, force=True)
+        assert files.write_out(store, id, tmp_path).written == []
+    else:
+        with pytest.raises(ConflictError, match=r"1 path\(s\) in .* are in the way: a") as caught:
+            files.write_out(store, id, tmp_path, force=True)
+        assert caught.value.hint == "move them away"
+        assert sorted(tmp_path.rglob("*")) == before
+        assert content(tmp_path) == there
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../b", "a\0b", "..", "\ud800", 5])
+def test_impossible_tree_paths(repo: Repo, name: Any) -> None:
     fill(repo.path, {"f": b""})
     with pytest.raises(InvalidError, match="cannot be a path"):
         repo.commit_files({name: repo.path / "f"})
@@ -350,6 +484,10 @@ def test_any_files(tmp_path_factory: pytest.TempPathFactory, files: dict[str, by
                 continue
             whole[name] = data
         (place / "in").mkdir(exist_ok=True)
+        if not whole:
+            with pytest.raises(InvalidError, match="nothing to commit"):
+                repo.commit_files({".": place / "in"})
+            return
         repo.commit_files({".": place / "in"})
         assert repo.checkout() == whole
         repo.checkout_files("main", place / "out")

@@ -19,7 +19,9 @@ from ckptvcs.store.format import (
     FEATURES,
     GRIDS,
     HEADER_BYTES,
+    MAX_OBJECT,
     MAX_RAW,
+    MAX_STORED,
     TRAILER_BYTES,
     Entry,
     Format,
@@ -28,6 +30,7 @@ from ckptvcs.store.format import (
     Layout,
     PackName,
     Trailer,
+    largest,
     pack_footer,
     pack_object,
     record_bytes,
@@ -44,8 +47,8 @@ headers = st.builds(
     st.sampled_from(Kind),
     octets,
     octets,
-    st.integers(0, MAX_RAW),
-    words,
+    st.integers(0, MAX_OBJECT),
+    st.integers(0, MAX_STORED),
     ids,
     st.none() | ids,
     st.binary(min_size=16, max_size=16),
@@ -105,6 +108,22 @@ def test_a_length_beyond_the_limit_is_refused_before_anything_is_allocated() -> 
     assert Header.unpack(header(raw=MAX_RAW).pack(), "p", 0).raw == MAX_RAW
     with pytest.raises(CorruptionError, match="impossible"):
         Header.unpack(header(raw=MAX_RAW + 1).pack(), "p", 0)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_what_is_decoded_as_a_whole_has_a_limit_of_its_own(kind: Kind) -> None:
+    """A tree of 30 Mi empty maps fits in a pack of 1.5 kB and took minutes."""
+    most = MAX_OBJECT if kind in (Kind.TREE, Kind.COMMIT) else MAX_RAW
+    assert largest(kind) == most
+    assert Header.unpack(header(kind=kind, raw=most).pack(), "p", 0).raw == most
+    with pytest.raises(CorruptionError, match="impossible"):
+        Header.unpack(header(kind=kind, raw=most + 1).pack(), "p", 0)
+
+
+def test_no_record_stores_more_than_a_codec_could_make_of_it() -> None:
+    assert Header.unpack(header(stored=MAX_STORED).pack(), "p", 0).stored == MAX_STORED
+    with pytest.raises(CorruptionError, match="impossible"):
+        Header.unpack(header(stored=MAX_STORED + 1).pack(), "p", 0)
 
 
 def test_a_newer_record_is_no_corruption() -> None:
@@ -173,7 +192,9 @@ def lying(body: bytes, count: int, end: int) -> tuple[bytes, Trailer]:
     return body, Trailer(count, end, len(body), PackName(bytes(16), 1), digest(body))
 
 
-@pytest.mark.parametrize("what", ["count+", "count-", "kind", "flag", "raw", "outside", "base cut"])
+@pytest.mark.parametrize(
+    "what", ["count+", "count-", "kind", "flag", "raw", "tree", "stored", "outside", "base cut"]
+)
 def test_impossible_footers(what: str) -> None:
     entries, end = entries_of([header(base=chunk_id(b"b")) if what == "base cut" else header()])
     body = bytearray(pack_footer(entries, PackName(bytes(16), 1), end)[:-TRAILER_BYTES])
@@ -189,6 +210,12 @@ def test_impossible_footers(what: str) -> None:
             body[3] |= 0x40
         case "raw":
             struct.pack_into("<I", body, 4, MAX_RAW + 1)
+        case "tree":
+            body[0] = Kind.TREE
+            struct.pack_into("<I", body, 4, MAX_OBJECT + 1)
+        case "stored":
+            struct.pack_into("<I", body, 8, MAX_STORED + 1)
+            end = 1 << 40
         case "outside":
             struct.pack_into("<Q", body, 12, end)
         case "base cut":
@@ -254,7 +281,11 @@ def stamped(**changes: Any) -> bytes:
     fields = json.loads(Format.new().pack().split(b"\n")[1])
     for name, value in changes.items():
         fields.pop(name) if value is ... else fields.update({name: value})
-    body = json.dumps(fields)
+    return json_stamped(json.dumps(fields))
+
+
+def json_stamped(body: str) -> bytes:
+    """A `format` file with this text in place of its fields, and a right checksum."""
     return f"ckptvcs repository\n{body}\n{digest(body.encode()).hex()}\n".encode()
 
 
@@ -299,6 +330,17 @@ def test_every_flip_in_the_format_file_is_seen() -> None:
         stamped(features=...),
         stamped(features={"read": [], "write": []}),
         stamped() + b"more",
+        stamped(version=float("inf")),
+        stamped(version=True),
+        stamped(grid=float("inf")),
+        stamped(grid="1"),
+        stamped(lmdb=0.5),
+        stamped(repository=5),
+        stamped(index=["x"]),
+        stamped(features={"read": [1], "write": [], "gc": []}),
+        json_stamped("[" * 100_000),
+        json_stamped('{"version": 1e999}'),
+        json_stamped('{"version": ' + "9" * 5000 + "}"),
     ],
 )
 def test_damaged_format(data: bytes) -> None:

@@ -20,7 +20,7 @@ from ckptvcs.disk import Disk
 from ckptvcs.errors import CorruptionError, FormatError, LockedError, NotFoundError, StorageError
 from ckptvcs.ids import Kind, ObjectId, chunk_id
 from ckptvcs.store import index as index_module
-from ckptvcs.store.format import PackName
+from ckptvcs.store.format import MAX_OBJECT, MAX_STORED, PackName
 from ckptvcs.store.index import TABLES, Index, PackInfo, Row, present
 from ckptvcs.store.journal import Drop, Expire, LogEntry, Move, Note, Pin, Status
 
@@ -70,8 +70,8 @@ rows = st.builds(
     octets,
     octets,
     st.integers(0, 65535),
-    st.integers(0, 2**32 - 1),
-    st.integers(0, 2**32 - 1),
+    st.integers(0, MAX_OBJECT),
+    st.integers(0, MAX_STORED),
     st.integers(0, 2**64 - 1),
     st.builds(PackName, st.binary(min_size=16, max_size=16), st.integers(0, 2**32 - 1)),
     st.none() | st.binary(min_size=32, max_size=32).map(ObjectId),

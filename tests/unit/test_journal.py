@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs.canonical import encode
+from ckptvcs.canonical import Tagged, encode
 from ckptvcs.disk import Disk, WriteFile
-from ckptvcs.errors import CorruptionError, StorageError
-from ckptvcs.ids import ObjectId, chunk_id
-from ckptvcs.store.journal import Drop, Expire, Journal, LogEntry, Move, Note, Operation, Pin, Status
+from ckptvcs.errors import CorruptionError, InvalidError, StorageError
+from ckptvcs.ids import ObjectId, chunk_id, digest
+from ckptvcs.store.index import Index
+from ckptvcs.store.journal import (
+    LONGEST_KEY,
+    LONGEST_NAME,
+    Drop,
+    Expire,
+    Journal,
+    LogEntry,
+    Move,
+    Note,
+    Operation,
+    Pin,
+    Status,
+)
 
 ONE, TWO = chunk_id(b"one"), chunk_id(b"two")
 
@@ -66,6 +81,111 @@ def test_entries_round_trip(made: list[Operation], who: str, why: str, info: dic
 def test_other_bytes_are_no_entry(value: bytes) -> None:
     with pytest.raises(CorruptionError, match="log entry 4 is damaged"):
         LogEntry.decode(4, value)
+
+
+ABSURD = [
+    ["ref", 5, None, None],
+    ["ref", b"x", None, None],
+    ["ref", "\ud800", None, None],
+    ["ref", "r" * 511, None, None],
+    ["ref", "é" * 256, None, None],
+    ["ref", "a", 5, None],
+    ["ref", "a", None, True],
+    ["ref", "a", None, b"short"],
+    ["ref", "a", None, "\udfff"],
+    ["ref", "HEAD", None, "x" * 511],
+    ["note", bytes(32), 5, 1],
+    ["note", bytes(32), "k" * 479, 1],
+    ["note", bytes(32), "\ud800", 1],
+    ["note", bytes(32), "k", b"bytes"],
+    ["note", bytes(32), "k", [1]],
+    ["note", bytes(32), "k", Tagged(9, b"")],
+    ["note", [0] * 32, "k", 1],
+    ["note", "x" * 32, "k", 1],
+    ["pin", bytes(32), 1],
+    ["pin", None, True],
+    ["drop", bytes(32), "names"],
+    ["drop", bytes(32), ["a", 1]],
+    ["drop", bytes(32), {"a": 1}],
+    ["drop", 5, []],
+    ["status", 5, "running"],
+    ["status", "main", 5],
+    ["status", "main", "\ud800"],
+    ["status", "b" * 511, "running"],
+    ["status", "b" * 511, None],
+    ["expire", "3"],
+    ["expire", -1],
+    ["expire", 1 << 64],
+    ["expire", True],
+]
+
+
+@pytest.mark.parametrize("fields", ABSURD, ids=repr)
+def test_absurd_operations_are_damage(journal: Journal, fields: object) -> None:
+    """A line may be whole and yet say what no program writes; LMDB must never be asked to keep it."""
+    data = encode([0, "w", "y", [fields], {}])
+    with pytest.raises(CorruptionError, match="log entry 1 is damaged"):
+        LogEntry.decode(1, data)
+    line = b" ".join((b"1", digest(b"1 " + data).hex().encode(), base64.b64encode(data))) + b"\n"
+    whole = b" ".join((b"2", digest(b"2 " + data).hex().encode(), base64.b64encode(data))) + b"\n"
+    journal.path.write_bytes(line + whole)
+    with pytest.raises(CorruptionError, match="line 1 is damaged"):
+        list(journal.entries())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ["now", "w", "y", [], {}],
+        [1.5, "w", "y", [], {}],
+        [True, "w", "y", [], {}],
+        [1 << 63, "w", "y", [], {}],
+        [0, b"w", "y", [], {}],
+        [0, "w", None, [], {}],
+        [0, "w", "y", {}, {}],
+        [0, "w", "y", "", {}],
+        [0, "w", "y", [], []],
+        [0, "w", "y", [], {1: 1}],
+        [0, "w", "y", [], {"a": Tagged(5, b"")}],
+        [0, "w", "y", [], {"a": {}}],
+    ],
+    ids=repr,
+)
+def test_absurd_entries_are_damage(fields: object) -> None:
+    with pytest.raises(CorruptionError, match="log entry 1 is damaged"):
+        LogEntry.decode(1, encode(fields))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Move("refs/heads/" + "x" * 500, None, ONE),
+        lambda: Move("HEAD", None, 5),  # type: ignore[arg-type]
+        lambda: Note(ONE, "k" * 479, 1),
+        lambda: Note(ONE, "\ud800", 1),
+        lambda: Note(ONE, "k", [1]),  # type: ignore[arg-type]
+        lambda: Note(bytes(32), "k", 1),  # type: ignore[arg-type]
+        lambda: Drop(ONE, ["a"]),  # type: ignore[arg-type]
+        lambda: Status("b" * 511, "running"),
+        lambda: Status(5, "running"),  # type: ignore[arg-type]
+        lambda: Expire(10**5000),
+        lambda: LogEntry(1, 0, 5, "", ()),  # type: ignore[arg-type]
+    ],
+)
+def test_what_the_index_could_not_keep_is_refused_when_it_is_made(make: Callable[[], object]) -> None:
+    with pytest.raises(InvalidError):
+        make()
+
+
+def test_the_longest_keys_fit_the_index(tmp_path: Path) -> None:
+    made = Index.create(Disk(), tmp_path / "meta", "id")
+    operations = [Move("r" * LONGEST_NAME, None, ONE), Note(ONE, "k" * LONGEST_KEY, 1)]
+    with made.change() as change:
+        change.record(1, "me", "why", [*operations, Status("b" * LONGEST_NAME, "running")])
+    with made.snapshot() as snapshot:
+        assert snapshot.ref("r" * LONGEST_NAME) == ONE
+        assert snapshot.notes(ONE) == {"k" * LONGEST_KEY: 1}
+    made.close()
 
 
 @pytest.mark.parametrize(

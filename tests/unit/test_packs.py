@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,17 @@ import pytest
 
 from ckptvcs.disk import Disk
 from ckptvcs.errors import CorruptionError
-from ckptvcs.ids import Kind, chunk_id, object_id
+from ckptvcs.ids import Kind, chunk_id, digest, object_id
 from ckptvcs.store import codec
-from ckptvcs.store.format import HEADER_BYTES, RECORD_MAGIC, TRAILER_BYTES, Entry, Layout, PackName
+from ckptvcs.store.format import (
+    HEADER_BYTES,
+    MAX_RAW,
+    RECORD_MAGIC,
+    TRAILER_BYTES,
+    Entry,
+    Layout,
+    PackName,
+)
 from ckptvcs.store.packs import Frame, PackFile, PackWriter, make_frame
 
 NAME = PackName(bytes(range(16)), 5)
@@ -184,6 +193,50 @@ def test_a_magic_inside_a_payload_is_no_record(layout: Layout) -> None:
         found = list(pack.scan())
     assert found[-1] == entries[1]
     assert {entry.id for entry in found} <= {inner.header.id, entries[1].id}
+
+
+def test_a_record_longer_than_its_file_is_refused_before_it_is_read(layout: Layout) -> None:
+    path = layout.temporary / "lying"
+    made = make_frame(Kind.CHUNK, chunk_id(b"x"), codec.RAW, 1, 1, b"x").header._replace(stored=MAX_RAW)
+    path.write_bytes(made.pack() + b"x" * 1000)
+    with opened(path) as pack:
+        tracemalloc.start()
+        with pytest.raises(CorruptionError, match="cut short"):
+            pack.payload(pack.header(0), 0)
+        with pytest.raises(CorruptionError, match="cut short"):
+            pack.record(0, MAX_RAW)
+        assert list(pack.scan()) == []
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        tracemalloc.stop()
+        for offset in (1 << 40, 1 << 63, (1 << 64) - 1):
+            with pytest.raises(CorruptionError, match="cut short"):
+                pack.header(offset)
+            assert pack.read_into(memoryview(bytearray(4)), offset) == 0
+
+
+def test_the_scan_of_records_that_claim_to_hold_each_other_is_linear(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each header claims all that follows it: hashed once each, that would be quadratic."""
+    count = 20_000
+    size = count * HEADER_BYTES
+    good = frame(b"good")
+    lies = [
+        good.header._replace(stored=size - (at + 1) * HEADER_BYTES, digest=bytes(16)).pack()
+        for at in range(count)
+    ]
+    path = layout.temporary / "nested"
+    path.write_bytes(b"".join(lies) + good.header.pack() + b"good")
+    hashed = []
+
+    def counting(data: bytes) -> bytes:
+        hashed.append(len(data))
+        return digest(data)
+
+    monkeypatch.setattr("ckptvcs.store.packs.digest", counting)
+    with opened(path) as pack:
+        assert [entry.id for entry in pack.scan()] == [good.header.id]
+    assert sum(hashed) < 4 * size
 
 
 def test_the_scan_of_noise_ends(layout: Layout) -> None:

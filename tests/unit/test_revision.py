@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ckptvcs import AmbiguousError, Commit, ConflictError, InvalidError, NotFoundError, ObjectId, Repo
+from ckptvcs.history import refs
 from ckptvcs.history.revision import ref_history
 from ckptvcs.store import Note
 
@@ -103,6 +104,11 @@ def test_revisions(line: tuple[Repo, list[Commit]], text: str, number: int) -> N
         ("refs/heads/nope", NotFoundError, "nope"),
         ("nope@{1}", NotFoundError, "nope"),
         ("main@best:val_error", NotFoundError, "val_error"),
+        ("main~" + "9" * 5000, InvalidError, "5000 digits"),
+        ("main^" + "9" * 5000, InvalidError, "5000 digits"),
+        ("main@{" + "9" * 5000 + "}", InvalidError, "5000 digits"),
+        ("main@step:" + "9" * 5000, InvalidError, "5000 digits"),
+        ("main~" + "9" * 50, NotFoundError, "beyond the first commit"),
     ],
 )
 def test_what_names_nothing(
@@ -113,6 +119,13 @@ def test_what_names_nothing(
         repo.resolve(text)
     assert says in str(caught.value) or says in repr(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [5, None, b"main", ["main"], 1.5])
+def test_a_name_that_is_no_text(line: tuple[Repo, list[Commit]], name: Any) -> None:
+    for make in (line[0].branch, line[0].tag, line[0].set_head, refs.branch_ref, refs.tag_ref):
+        with pytest.raises(InvalidError, match="cannot be the name of a"):
+            make(name)
 
 
 @pytest.mark.parametrize("value", [3, None, b"main", ["main"], 1.5])

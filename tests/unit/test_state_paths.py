@@ -1,8 +1,9 @@
 import enum
+import time
 
 import pytest
 
-from ckptvcs.errors import NotFoundError
+from ckptvcs.errors import InvalidError, NotFoundError
 from ckptvcs.state import paths
 
 
@@ -79,6 +80,21 @@ def test_key_is_the_inverse_of_name(key):
 )
 def test_patterns(pattern, path, fits):
     assert paths.matches(pattern, path) is fits
+
+
+@pytest.mark.parametrize("only", [5, [5], b"model", [None], ["model", 5]])
+def test_what_is_no_pattern(only):
+    with pytest.raises(InvalidError, match="a pattern is text"):
+        paths.Patterns(only)
+
+
+@pytest.mark.parametrize("pattern", ["a**b/" * 24, "**/" * 200 + "x", "**a**b/" * 24, "a**/**b/" * 30])
+def test_many_stars_take_no_time(pattern):
+    """Each `a**b` has two meanings, and so many of them had two to that power together."""
+    started = time.monotonic()
+    assert not paths.matches(pattern + "end", "/".join(["ab"] * 100))
+    assert paths.matches(pattern, "/".join(["ab"] * 300 + ["x"]))
+    assert time.monotonic() - started < 5
 
 
 def test_a_number_finds_the_text_key_too():

@@ -1,13 +1,20 @@
 import dataclasses
 import os
 import random
+import time
 
 import numpy as np
 import pytest
 
 from ckptvcs import canonical
 from ckptvcs.canonical import Tagged
-from ckptvcs.errors import CkptError, CorruptionError, NotFoundError
+from ckptvcs.errors import (
+    CkptError,
+    CorruptionError,
+    NotFoundError,
+    StorageError,
+    UnsupportedStateError,
+)
 from ckptvcs.ids import Kind, chunk_id, object_id
 from ckptvcs.state import codes, tree
 from ckptvcs.state.tensors import BytesSource
@@ -351,18 +358,136 @@ def test_deep_and_endless_trees():
             tree.read(*rooted(value))
 
 
-def test_a_small_tree_that_unfolds_without_end(monkeypatch):
-    monkeypatch.setattr("ckptvcs.state.read.MAX_NODES", 10_000)
+def doubling(times, twice):
+    """Forty trees, each of which names the one below twice."""
     store = MemoryStore()
     payload = pack_object([], canonical.encode([1, 2]))
-    for _ in range(40):
+    for _ in range(times):
         id = object_id(Kind.TREE, payload)
         store.records[Kind.TREE, id] = payload
-        payload = pack_object([(Kind.TREE, id)], canonical.encode([tag(codes.SUBTREE, 0)] * 2))
+        payload = pack_object([(Kind.TREE, id)], canonical.encode(twice))
     other, root = rooted(tag(codes.SUBTREE, 0), [(Kind.TREE, id)])
     other.records |= store.records
+    return other, root
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        [tag(codes.SUBTREE, 0)] * 2,
+        {"a": tag(codes.SUBTREE, 0), "b": tag(codes.TUPLE, tag(codes.SUBTREE, 0))},
+        tag(codes.LIST_PAGES, [0, [0, 0]]),
+    ],
+)
+@pytest.mark.parametrize("only", [None, "**x"])
+def test_a_small_tree_that_unfolds_without_end(twice, only):
+    store, root = doubling(40, twice)
+    started = time.monotonic()
+    with pytest.raises(CorruptionError):
+        tree.read(store, root, only=only)
+    assert time.monotonic() - started < 8  # about one; two to the fortieth would be years
+    assert len(store.objects_read) < 100_000
+
+
+@pytest.mark.parametrize("item", [{}, [], None, tag(codes.TUPLE, [])])
+def test_a_tree_of_nothing_but_empty_containers(item):
+    """Thirty million of them took a kilobyte of a pack, and minutes."""
+    for value in ([item] * 100_000, dict.fromkeys(range(30_000), item), tag(codes.SET, [item] * 30_000)):
+        started = time.monotonic()
+        with pytest.raises(CorruptionError, match="belongs into pages"):
+            tree.read(*rooted(value))
+        assert time.monotonic() - started < 8
+
+
+def test_long_keys_are_never_cut():
+    state = {
+        frozenset(range(5000)): 1,
+        "set": {tuple(range(3000)), (tuple(range(2500)), "x")},
+        "slice": slice(tuple(range(4000)), None, None),
+        tuple(range(6000)): {"k": 2},
+    }
+    store = MemoryStore()
+    assert tree.read(store, tree.write(store, state).tree) == state
+
+
+def test_what_is_named_many_times_is_read_as_often(monkeypatch):
+    monkeypatch.setattr("ckptvcs.state.read._REPEATS", 1000)
+    store, root = doubling(15, [tag(codes.SUBTREE, 0)] * 2)
+    found = tree.read(store, root)
+    for _ in range(14):
+        found = found[1]
+    assert found == [1, 2]
+    same = {"k": ["x" * 500] * 5}
+    store = MemoryStore()
+    written = tree.write(store, [same] * 3_000)
+    assert len(store.records) < 300
+    assert tree.read(store, written.tree) == [same] * 3_000
+
+
+def test_more_values_than_can_be_read_are_not_committed(monkeypatch):
+    monkeypatch.setattr(codes, "MAX_VALUES", 100)
+    store = MemoryStore()
+    fits = {"a": list(range(98))}
+    assert tree.read(store, tree.write(store, fits).tree) == fits
+    count = len(store.records)
+    for state in (
+        {"a": list(range(99))},
+        [{(1, 2): 3}] * 40,
+        {"a": {"b": [None] * 1000}, "c": object()},
+    ):
+        with pytest.raises(UnsupportedStateError, match="more than 100 values"):
+            tree.write(store, state)
+    with pytest.raises(UnsupportedStateError, match="more than 100 values"):
+        tree.write(store, files={str(at): tree.LinkContent("x") for at in range(101)})
+    assert len(store.records) == count
+    other, root = rooted([None] * 101)
     with pytest.raises(CorruptionError, match="more values"):
         tree.read(other, root)
+
+
+@pytest.mark.parametrize("frames", [0, 500, 700, 800, 900, 950])
+def test_a_deep_state_under_a_deep_stack(frames):
+    """Committed, or refused with a sentence; never a bare RecursionError."""
+    value = 1
+    for at in range(97):
+        value = ([value], (value,), {"k": value})[at % 3]
+
+    def below(count, act):
+        return below(count - 1, act) if count else act()
+
+    store = MemoryStore()
+    root = tree.write(store, value).tree
+    for act, result in (
+        (lambda: tree.write(MemoryStore(), value).tree, root),
+        (lambda: tree.read(store, root), value),
+    ):
+        try:
+            found = below(frames, act)
+        except UnsupportedStateError as error:
+            found = error
+        assert found == result or (frames and "nested too deeply" in str(found))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "text", "strided", "torch"])
+def test_too_little_memory_is_no_bare_error(monkeypatch, kind):
+    """A tensor of 1 TiB takes one chunk to store."""
+    state = {"text": {"a": "x" * 5000}, "strided": {"a": np.zeros((100, 90)).T}}.get(
+        kind, {"a": np.zeros(9000)}
+    )
+    if kind == "torch":
+        state = {"a": pytest.importorskip("torch").zeros(9000)}
+        monkeypatch.setattr("ckptvcs.state.torch_tensors.allocate", lambda nbytes: 1 / 0)
+
+    def full(*_, **__):
+        raise RuntimeError if kind == "torch" else MemoryError
+
+    store = MemoryStore()
+    written = tree.write(store, state)
+    monkeypatch.setattr("ckptvcs.state.torch_tensors.allocate", full)
+    monkeypatch.setattr("ckptvcs.state.read.np.empty", full)
+    monkeypatch.setattr("ckptvcs.state.read.bytearray", full, raising=False)
+    with pytest.raises(StorageError, match=r"a: not enough memory for \d+ bytes"):
+        tree.read(store, written.tree)
 
 
 def mutate(rng, value):

@@ -111,8 +111,6 @@ def commit(
                 config=_config(settings),
                 continues=True,
             )
-        if not any(made.sizes.values()) and not repo.file_entries(made):
-            output.warning(f"{made.id.short} holds no file at all: empty folders are not kept")
         report = made.report
         assert report is not None  # it was just made
         if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -62,29 +62,7 @@ def _chosen(repo: Repo, revision: str, refs: shapes.Decorations, everything: boo
     tips = list(refs)
     if revision != "HEAD":
         tips.insert(0, session.resolved(repo, revision).id)
-    return iter(_reachable(repo, tips))
-
-
-def _reachable(repo: Repo, tips: Sequence[ObjectId]) -> list[Commit]:
-    """Every commit below several tips, children before parents, the first tip's line on top."""
-    finished: list[Commit] = []
-    seen: set[ObjectId] = set()
-    for tip in reversed(tips):
-        if tip in seen:
-            continue
-        seen.add(tip)
-        stack = [(repo.resolve(tip), 0)]
-        while stack:
-            commit, done = stack.pop()
-            parents = commit.parents[::-1]
-            if done == len(parents):
-                finished.append(commit)
-                continue
-            stack.append((commit, done + 1))
-            if parents[done] not in seen:
-                seen.add(parents[done])
-                stack.append((repo.resolve(parents[done]), 0))
-    return finished[::-1]
+    return repo.log(tips)
 
 
 def _print_graph(commits: Iterable[Commit], texts: _Texts) -> None:
