@@ -34,6 +34,8 @@ class CkptError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint is not None:
+            self.add_note(f"hint: {hint}")  # shown below a traceback
         if code is not None:
             self.code = code
 
@@ -91,7 +93,7 @@ class UnsupportedStateError(InvalidError):
         self.leaves = tuple(leaves)
         listed = "; ".join(f"{path or '(the state itself)'}: {why}" for path, why in self.leaves)
         super().__init__(
-            f"the state holds {len(self.leaves)} value(s) that cannot be stored: {listed}",
+            f"{len(self.leaves)} value(s) cannot be stored: {listed}",
             hint="convert them to tensors, numbers, text or containers of these, or leave them out; "
             "ckptvcs never pickles",
         )

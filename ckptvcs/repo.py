@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -416,7 +417,7 @@ class Repo:
                     require=tuple(dict.fromkeys((*parents, *filter(None, [self._origin])))),
                     time=fields["time"],
                     who=fields["author"],
-                    why=f"commit: {message.splitlines()[0] if message else ''}".rstrip(": "),
+                    why=f"commit: {_shortened(message)}".rstrip(": "),
                     info={"given": sum(sizes.values()), "stored": stored},
                 )
                 won = False
@@ -557,6 +558,10 @@ class Repo:
                 return Restored()
             rev = tip
         commit = self.resolve(rev)
+        if not self.has_state(commit):
+            raise NotFoundError(
+                f"the commit {commit.id.short} holds files and no state", hint=self._state_before(commit)
+            )
         with self._reading(commit) as reader:
             filled = restoring.fill(reader, commit.tree, into, only=only, strict=strict, rename=rename)
         with self._mutex:
@@ -565,6 +570,13 @@ class Repo:
             if self._ref is not None and commit.id in (tip, self._head()[1]):
                 self._tip = commit.id
         return Restored(commit, filled.leftover, filled.missing, filled.unexpected)
+
+    def _state_before(self, commit: Commit) -> str:
+        """Where to find a state when a commit has none."""
+        for older in self._shared.history.first_parents(commit.id):
+            if self.has_state(older):
+                return f"the nearest before it with a state is {older.id.short}: restore(state, rev=...)"
+        return "no commit before it holds one either; check out its files instead"
 
     @contextlib.contextmanager
     def _reading(self, commit: Commit) -> Iterator[Reader]:
@@ -581,14 +593,16 @@ class Repo:
                 ) from error
             raise
 
-    def log(self, rev: str | ObjectId | Commit = "HEAD", n: int | None = None) -> Iterator[Commit]:
-        """Commits reachable from a revision, newest first by the graph; at most `n`."""
+    def log(
+        self,
+        rev: str | ObjectId | Commit | Sequence[str | ObjectId | Commit] = "HEAD",
+        n: int | None = None,
+    ) -> Iterator[Commit]:
+        """Commits reachable from a revision, or from several, children before parents; at most `n`."""
         shared = self._open_shared()
-        tip = self._revisions.resolve(rev)
-        for count, commit in enumerate(shared.history.walk([tip])):
-            if n is not None and count >= n:
-                return
-            yield commit
+        revs = [rev] if isinstance(rev, (str, ObjectId, Commit)) else rev
+        tips = [self._revisions.resolve(each) for each in revs]
+        yield from itertools.islice(shared.history.walk(tips), n)
 
     def metrics(self, commit: Commit) -> dict[str, Any]:
         """A commit's metrics together with those that notes added later."""
@@ -700,9 +714,12 @@ class Repo:
     def delete_branch(self, name: str, force: bool = False) -> ObjectId:
         """Delete a branch; returns where it pointed. `gc` frees what nothing else refers to.
 
-        Without `force`, InvalidError if commits would become unreachable. The branch HEAD is on is
+        A commit that lost a race is dismissed as `lost/...`. Without `force`, InvalidError if commits
+        would become unreachable. The branch HEAD is on is
         never deleted.
         """
+        if isinstance(name, str) and name in self.lost():
+            return self._delete_ref(f"refs/{name}", force, "branch")
         return self._delete_ref(refs.branch_ref(name), force, "branch")
 
     def delete_tag(self, name: str, force: bool = False) -> ObjectId:
@@ -806,3 +823,9 @@ class Repo:
                     raise
                 store.reopen()
         return fsck.check(store, full=full)
+
+
+def _shortened(message: str) -> str:
+    """A message's first line as the log keeps it."""
+    title = message.split("\n", 1)[0].strip()
+    return title if len(title) <= 100 else f"{title[:99]}…"

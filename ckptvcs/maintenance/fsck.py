@@ -8,7 +8,7 @@ every record as well.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,16 +22,19 @@ from ckptvcs.store.rebuild import Rebuilt
 from ckptvcs.store.writer import child_name
 
 _SLICE: Final = 10_000
+_SHOWN: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong, in a sentence, with the ids and refs it touches."""
+    """One thing that is wrong, in a sentence, with the id it was found at, the commits that cannot be
+    restored whole because of it, and the refs above those."""
 
     message: str
     id: str | None = None
     path: str | None = None
     refs: tuple[str, ...] = ()
+    commits: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -66,7 +69,13 @@ class Report:
             "packs": self.packs,
             "bytes": self.bytes,
             "problems": [
-                {"message": p.message, "id": p.id, "path": p.path, "refs": list(p.refs)}
+                {
+                    "message": p.message,
+                    "id": p.id,
+                    "path": p.path,
+                    "refs": list(p.refs),
+                    "commits": list(p.commits),
+                }
                 for p in self.problems
             ],
         }
@@ -96,7 +105,7 @@ class _Checker:
     def __init__(self, store: Store, report: Report) -> None:
         self._store = store
         self._report = report
-        self._bad: dict[ObjectId, str] = {}
+        self._bad: dict[ObjectId, CkptError] = {}
         self._entries: dict[PackName, set[tuple[int, ObjectId]]] = {}
         self._missing: dict[PackName, Path] = {}
 
@@ -151,8 +160,7 @@ class _Checker:
                     )
                 pack.payload(header, entry.offset)
             except CkptError as error:
-                self._bad[entry.id] = str(error)
-                self._problem(error, entry.id)
+                self._bad[entry.id] = error
 
     def check_rows(self) -> None:
         """Each row points at a record of its id; objects, and with `full` all records, hash to it."""
@@ -173,18 +181,14 @@ class _Checker:
             return
         path = self._missing.get(row.pack)
         if path is not None and self._still_in(id, row.pack):
-            missing = CorruptionError(f"the pack {path} is missing", path=str(path))
-            if not any(problem.path == str(path) for problem in self._report.problems):
-                self._problem(missing)
-            self._bad[id] = str(missing)
+            self._bad[id] = CorruptionError(f"the pack {path} is missing", path=str(path))
             return
         try:
             self._read(reader, id, row)
         except NotFoundError:
             return  # collected meanwhile
         except CkptError as error:
-            self._bad[id] = str(error)
-            self._problem(error, id)
+            self._bad[id] = error
 
     def _still_in(self, id: ObjectId, pack: PackName) -> bool:
         """Whether the record was not moved or collected since its row was read."""
@@ -223,20 +227,45 @@ class _Checker:
             return
         self._report.refs = len(refs)
         tips = {name: target for name, target in refs.items() if isinstance(target, ObjectId)}
-        if not any(self._is_bad(id, kind) for id, kind in self._closure(tips.values())):
-            return
-        # Only damage pays for a walk from each ref by itself.
-        reached: dict[ObjectId, list[str]] = {}
-        for name, target in tips.items():
-            for id, kind in self._closure([target]):
-                if self._is_bad(id, kind):
-                    reached.setdefault(id, []).append(name)
-        for id, names in reached.items():
-            why = self._bad.get(id, f"{id.short} is referred to but missing")
-            self._problem(f"{', '.join(names)} cannot be restored whole: {why}", id, names)
+        for id, kind in self._closure(tips.values()):
+            if kind is None and id not in self._bad:
+                self._bad[id] = CorruptionError(f"{id.short} is referred to but missing", id=str(id))
+        if self._bad:
+            self._report_damage(tips)
 
-    def _is_bad(self, id: ObjectId, kind: Kind | None) -> bool:
-        return kind is None or id in self._bad
+    def _report_damage(self, tips: dict[str, ObjectId]) -> None:
+        """One problem for each cause, with the commits that need what it took and the refs above them.
+
+        Only damage pays for looking at each commit by itself.
+        """
+        causes: dict[str, tuple[CkptError, ObjectId]] = {}
+        for id, error in self._bad.items():
+            causes.setdefault(str(error), (error, id))
+        hurt: dict[str, dict[ObjectId, None]] = {cause: {} for cause in causes}
+        above: dict[str, dict[str, None]] = {cause: {} for cause in causes}
+        found: dict[ObjectId, set[str]] = {}
+        for name, tip in tips.items():
+            for commit, _ in self._closure([tip], {Kind.COMMIT}):
+                if commit not in found:
+                    content = self._closure([commit], set(Kind) - {Kind.COMMIT})
+                    found[commit] = {str(self._bad[id]) for id, _ in content if id in self._bad}
+                for cause in found[commit]:
+                    hurt[cause][commit] = None
+                    above[cause][name] = None
+        for cause, (error, id) in causes.items():
+            commits = [commit.short for commit in hurt[cause]]
+            names = tuple(above[cause])
+            note = "; nothing refers to it"
+            if commits:
+                more = f" and {len(commits) - _SHOWN} more" if len(commits) > _SHOWN else ""
+                note = (
+                    f"; {len(commits)} commit(s) cannot be restored whole: "
+                    f"{', '.join(commits[:_SHOWN])}{more} (of {', '.join(names)})"
+                )
+            path = error.path if isinstance(error, CorruptionError) else None
+            self._report.problems.append(
+                Problem(cause + note, str(id), path, names, tuple(map(str, hurt[cause])))
+            )
 
     def check_journal(self) -> None:
         """`refs.journal` is whole and says what the log says, as far as both go."""
@@ -265,9 +294,11 @@ class _Checker:
             if moved.get(name) != refs.get(name):
                 self._problem(f"{name} is not where the log says it was moved to", None, (name,))
 
-    def _closure(self, roots: Iterable[ObjectId]) -> Iterator[tuple[ObjectId, Kind | None]]:
-        """All that commits reach; kind None for what is missing or whose row is damaged. Below the
-        unreadable nothing is known."""
+    def _closure(
+        self, roots: Iterable[ObjectId], kinds: Set[Kind] = frozenset(Kind)
+    ) -> Iterator[tuple[ObjectId, Kind | None]]:
+        """All that commits reach through records of these kinds, the roots always; kind None for what is
+        missing or whose row is damaged. Below the unreadable nothing is known."""
         seen: set[ObjectId] = set()
         waiting = list(roots)
         with self._store.reader() as reader:
@@ -281,15 +312,15 @@ class _Checker:
                     with self._store.snapshot() as snapshot:
                         row = snapshot.row(id)
                 except CorruptionError as error:
-                    self._bad[id] = str(error)
+                    self._bad[id] = error
                 if row is None:
                     yield id, None
                     continue
                 yield id, row.kind
-                if row.base is not None:
+                if row.base is not None and Kind.CHUNK in kinds:
                     waiting.append(row.base)
                 if row.kind is not Kind.CHUNK and id not in self._bad:
                     with contextlib.suppress(CkptError):
                         payload = reader.objects(row.kind, [id])[0]
                         references, _ = unpack_object(payload, child_name(row.kind, id))
-                        waiting += [child for _, child in references]
+                        waiting += [child for kind, child in references if kind in kinds]

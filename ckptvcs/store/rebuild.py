@@ -18,7 +18,7 @@ from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.store.format import GRIDS, MAX_DEPTH, Entry, Format, Layout, PackName, unpack_object
 from ckptvcs.store.index import Index, PackInfo, Row
-from ckptvcs.store.journal import Journal
+from ckptvcs.store.journal import Journal, Move
 from ckptvcs.store.packs import PackFile
 from ckptvcs.store.reader import Reader
 from ckptvcs.store.writer import child_name
@@ -35,17 +35,23 @@ class Rebuilt:
     problems: list[str] = field(default_factory=list)
 
 
-def rebuild(disk: Disk, layout: Layout, pool: Callable[[], ThreadPoolExecutor]) -> tuple[Format, Rebuilt]:
+def rebuild(
+    disk: Disk, layout: Layout, pool: Callable[[], ThreadPoolExecutor], *, rescue: bool
+) -> tuple[Format, Rebuilt]:
     """Write a new index and the `format` file that names it. Durable on return.
 
-    The caller holds `lock` exclusively and has no index open.
+    The caller holds `lock` exclusively and has no index open. Without a journal the refs are lost:
+    CorruptionError, or with `rescue` every commit without a child is kept under lost/.
     """
     report = Rebuilt()
     stamped = Format.unpack(disk.read(layout.format), str(layout.format)).with_new_index()
-    if not disk.exists(layout.journal):
+    journal = Journal(disk, layout.journal)
+    entries = list(journal.entries(report.problems.append)) if disk.exists(layout.journal) else []
+    if not entries and not rescue:
         raise CorruptionError(
-            f"{layout.journal} is missing, so the refs cannot be rebuilt",
-            hint="put back a copy of it; an empty file gives all refs up and keeps the data",
+            f"{layout.journal} is missing or empty, so the refs cannot be rebuilt",
+            hint="put back a copy of it; without one, `ckpt fsck --rebuild` finds the commits and keeps "
+            "them under lost/",
             path=str(layout.journal),
         )
     clear_leftovers(disk, layout)
@@ -60,16 +66,31 @@ def rebuild(disk: Disk, layout: Layout, pool: Callable[[], ThreadPoolExecutor]) 
                 change.put_pack(pack, info)
             for id, row in sorted(rows.items()):
                 change.put_row(id, row)
-            for entry in Journal(disk, layout.journal).entries(report.problems.append):
+            for entry in entries:
                 change.apply(entry)
                 report.log_entries += 1
         grid = GRIDS[stamped.grid]
         with Reader(disk, layout, index, grid, pool) as reader:
-            dangling = _dangling(index, reader, rows)
+            references = _references(reader, rows)
+        dangling = _dangling(index, references, rows)
         if dangling:
             with index.change() as change:
                 for id in dangling:
                     change.delete_row(id)
+        if not entries:
+            for id in dangling:
+                del rows[id]
+            with index.change() as change:
+                entry = change.record(disk.now_ns(), "ckpt", "rebuild", _rescued(references, rows))
+            if not disk.exists(layout.journal):
+                journal.create()
+                disk.sync_dir(layout.root)
+            journal.append(lambda _: [entry])
+            report.log_entries = 1
+            report.problems.append(
+                f"{layout.journal} was missing or empty: branches and tags are lost, and "
+                f"{len(entry.operations) - 1} commit(s) without a child are kept under lost/"
+            )
         report.left_out += len(dangling)
         report.packs = len(candidates.packs)
         report.records = len(rows) - len(dangling)
@@ -203,23 +224,35 @@ def _row(name: PackName, entry: Entry, depth: int) -> Row:
     )
 
 
-def _dangling(index: Index, reader: Reader, rows: dict[ObjectId, Row]) -> list[ObjectId]:
+def _references(reader: Reader, rows: dict[ObjectId, Row]) -> dict[ObjectId, list[ObjectId]]:
+    """What each readable object refers to."""
+    references: dict[ObjectId, list[ObjectId]] = {}
+    for id, row in rows.items():
+        if row.kind is not Kind.CHUNK:
+            with contextlib.suppress(CkptError):
+                payload = reader.objects(row.kind, [id])[0]
+                references[id] = [child for _, child in unpack_object(payload, child_name(row.kind, id))[0]]
+    return references
+
+
+def _rescued(references: dict[ObjectId, list[ObjectId]], rows: dict[ObjectId, Row]) -> list[Move]:
+    """Refs for a repository whose journal is lost: each commit without a child is kept under lost/."""
+    commits = {id for id in references if rows.get(id) is not None and rows[id].kind is Kind.COMMIT}
+    parents = {child for id in commits for child in references[id]}
+    moves = [Move("HEAD", None, "refs/heads/main")]
+    return moves + [Move(f"refs/lost/rebuilt/{id.short}", None, id) for id in sorted(commits - parents)]
+
+
+def _dangling(
+    index: Index, references: dict[ObjectId, list[ObjectId]], rows: dict[ObjectId, Row]
+) -> list[ObjectId]:
     """Objects whose closure is not whole and that no ref reaches.
 
     A pack may still hold the commit of a deleted branch whose chunks are gone. Its row must not come
     back, because a commit row that is present vouches for everything below it. What a ref does reach
     stays, so that fsck can report the damage.
     """
-    references: dict[ObjectId, list[ObjectId]] = {}
-    broken: set[ObjectId] = set()
-    for id, row in rows.items():
-        if row.kind is Kind.CHUNK:
-            continue
-        try:
-            payload = reader.objects(row.kind, [id])[0]
-            references[id] = [child for _, child in unpack_object(payload, child_name(row.kind, id))[0]]
-        except CkptError:
-            broken.add(id)
+    broken = {id for id, row in rows.items() if row.kind is not Kind.CHUNK and id not in references}
     parents: dict[ObjectId, list[ObjectId]] = {}
     for id, children in references.items():
         for child in children:

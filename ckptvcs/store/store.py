@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from ckptvcs.disk import Disk, Lock, random_name, usable_cpus
+from ckptvcs.disk import Disk, Lock, ThreadLock, random_name, usable_cpus
 from ckptvcs.errors import (
     CkptError,
     CorruptionError,
@@ -60,6 +60,7 @@ class Store:
         self._index: Index | None = None
         self._shared_lock: Lock | None = None
         self._executor: ThreadPoolExecutor | None = None
+        self._pool_mutex = ThreadLock()
         self._process = disk.process()
         self._thread = threading.local()
 
@@ -213,7 +214,7 @@ class Store:
                 with contextlib.suppress(NotFoundError):
                     Index.open(self.disk, self.layout.meta, self.format.index).close()
                     return None
-            self.format, report = rebuild(self.disk, self.layout, self._pool)
+            self.format, report = rebuild(self.disk, self.layout, self._pool, rescue=not only_if_missing)
         return report
 
     def reopen(self) -> None:
@@ -287,9 +288,10 @@ class Store:
         return self._lease
 
     def _pool(self) -> ThreadPoolExecutor:
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="ckptvcs")
-        return self._executor
+        with self._pool_mutex:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="ckptvcs")
+            return self._executor
 
     def snapshot(self) -> contextlib.AbstractContextManager[Snapshot]:
         """A short, consistent look at refs, log and rows."""

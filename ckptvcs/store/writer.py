@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol, Self
@@ -20,12 +20,12 @@ from ckptvcs.ids import Buffer, Kind, ObjectId, chunk_id, object_id
 from ckptvcs.store import codec
 from ckptvcs.store.format import (
     MAX_DEPTH,
-    MAX_RAW,
     PACK_LIMIT,
     Entry,
     Grid,
     Layout,
     PackName,
+    largest,
     unpack_object,
 )
 from ckptvcs.store.index import Change, Index, PackInfo, Row, Snapshot
@@ -135,6 +135,10 @@ class Writer:
         self._made: dict[ObjectId, _Made] = {}
         self._pieces: dict[ObjectId, Piece] = {}
         self._objects: dict[ObjectId, tuple[Kind, bytes]] = {}
+        # Packs that records are reused from: those that are there in full, and those that are not. A
+        # record in a broken one is stored again and its row replaced, which heals it.
+        self._whole: set[PackName] = set()
+        self._broken: set[PackName] = set()
         self._section = ""
         self._tally = self.tallies.setdefault("", Tally())
         # Read before every lookup of this scope: if it still stands at the end, nothing that was
@@ -204,8 +208,7 @@ class Writer:
     def _prepare(self, pieces: list[Piece]) -> list[tuple[ObjectId, Frame | None]]:
         raws = [piece.source.read(piece.offset, piece.length) for piece in pieces]
         ids = [chunk_id(raw) for raw in raws]
-        with self._index.snapshot() as snapshot:
-            missing = {id for id in ids if snapshot.live(id) is None}
+        missing = self._missing(ids)
         prepared: list[tuple[ObjectId, Frame | None]] = []
         for piece, raw, id in zip(pieces, raws, ids, strict=True):
             self._pieces.setdefault(id, piece)
@@ -215,6 +218,21 @@ class Writer:
             else:
                 prepared.append((id, None))
         return prepared
+
+    def _missing(self, ids: Sequence[ObjectId]) -> set[ObjectId]:
+        """Those of the ids that have to be stored: not indexed, or in a pack that is not whole."""
+        with self._index.snapshot() as snapshot:
+            rows = {id: snapshot.live(id) for id in ids}
+            fresh = {row.pack for row in rows.values() if row is not None} - self._whole - self._broken
+            sizes = {name: snapshot.pack(name) for name in fresh}
+        for name, info in sizes.items():
+            # One look per pack and commit. A flipped bit is not seen so cheaply; fsck and reads see it.
+            try:
+                whole = info is None or self._disk.size(self._layout.pack(name)) == info.size
+            except (FileNotFoundError, StorageError):
+                whole = False
+            (self._whole if whole else self._broken).add(name)
+        return {id for id, row in rows.items() if row is None or row.pack in self._broken}
 
     def put_frame(self, id: ObjectId, frame: Frame) -> None:
         """Store a chunk that the caller encoded, a difference against a base included.
@@ -227,12 +245,11 @@ class Writer:
     def put_objects(self, kind: Kind, payloads: Sequence[bytes]) -> list[ObjectId]:
         """Store objects of one kind; their ids, in order."""
         ids = [object_id(kind, payload) for payload in payloads]
-        with self._index.snapshot() as snapshot:
-            missing = {id for id in ids if snapshot.live(id) is None}
+        missing = self._missing(ids)
         for id, payload in zip(ids, payloads, strict=True):
-            if len(payload) > MAX_RAW:
+            if len(payload) > largest(kind):
                 raise InvalidError(
-                    f"a {kind.label} of {len(payload)} bytes is larger than the {MAX_RAW} a record may hold"
+                    f"a {kind.label} of {len(payload)} bytes is too large; {largest(kind)} is the most"
                 )
             self._objects[id] = (kind, payload)
             frame = None
@@ -326,7 +343,7 @@ class Writer:
 
         A base is settled first, and its chain walked: a stored depth may be out of date.
         """
-        there = chain_depth(change, id)
+        there = chain_depth(change, id, self._broken)
         if there is not None:
             return there
         made = self._made.get(id)
@@ -363,7 +380,7 @@ class Writer:
         """
         if below > MAX_DEPTH:
             return False
-        if chain_depth(change, id) is not None:
+        if chain_depth(change, id, self._broken) is not None:
             return True
         made = self._made.get(id)
         if made is None:
@@ -425,16 +442,18 @@ class Writer:
         self.close()
 
 
-def chain_depth(snapshot: Snapshot, id: ObjectId) -> int | None:
-    """Frames below a record down to a plain one, all of them live; None if the chain is broken."""
-    row = snapshot.live(id)
-    depth = 0
-    while row is not None and row.base is not None:
-        depth += 1
-        if depth > MAX_DEPTH:
+def chain_depth(snapshot: Snapshot, id: ObjectId, broken: Set[PackName]) -> int | None:
+    """Frames below a record down to a plain one; None if one of them is missing, damaged or lies in a
+    broken pack."""
+    current: ObjectId | None = id
+    for depth in range(MAX_DEPTH + 1):
+        row = snapshot.live(current) if current is not None else None
+        if row is None or row.pack in broken:
             return None
-        row = snapshot.live(row.base)
-    return None if row is None else depth
+        if row.base is None:
+            return depth
+        current = row.base
+    return None
 
 
 def child_name(kind: Kind, id: ObjectId) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ckptvcs import ConflictError, LockedError, NotFoundError, ObjectId, Repo
+from ckptvcs.store import index
 from tests.concurrency.processes import Child, exact, state_of
 
 
@@ -286,9 +287,13 @@ def test_a_forked_child_may_use_the_handle_of_its_parent(folder: Path) -> None:
         side = repo.on("side")
         base = side.restore({}, "main", strict=False).commit
         assert base is not None
+        inherited = list(index._open.values())
 
         def in_child(say: Callable[[Any], None]) -> None:
             exact(repo.checkout(base), state_of("parent", 2))
+            # LMDB forbids the use of an environment that was opened before the fork.
+            assert index._open
+            assert not [shared for shared in index._open.values() if shared in inherited]
             for number in range(20):
                 say(str(side.commit(state_of("child", number), step=number).id))
             repo.tag("from-child")
@@ -336,8 +341,9 @@ def test_many_children_of_one_handle(folder: Path) -> None:
         assert repo.fsck(full=True).ok
 
 
-def test_a_fork_does_not_keep_the_locks_of_its_parent(folder: Path) -> None:
+def test_a_fork_does_not_keep_the_locks_of_its_parent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that outlives its parent's handle must not stop a rebuild."""
+    monkeypatch.setattr("ckptvcs.store.store._LOCK_WAIT", 3.0)
     with Repo.init(folder) as repo:
         repo.commit(state_of("parent", 0))
         child = Child(lambda _: time.sleep(30))

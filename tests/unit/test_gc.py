@@ -916,6 +916,7 @@ def test_leases_of_the_dead_are_removed(repo: Repo, folder: Path) -> None:
 def test_foreign_files_are_left_alone(repo: Repo, folder: Path) -> None:
     repo.commit({"a": array(1)})
     strange = [
+        folder / ".ckpt/packs/README",
         folder / ".ckpt/tmp/notes.txt",
         folder / ".ckpt/packs/zz/x.pack",
     ]

@@ -330,3 +330,123 @@ def test_an_index_handle_that_was_closed_stays_closed(tmp_path: Path) -> None:
     index.close()
     with pytest.raises(CkptError, match="closed"), index.snapshot():
         pass
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_commit_does_not_reuse_what_lies_in_a_broken_pack(repo: Repo, folder: Path, damage: str) -> None:
+    """Committing the same state again heals it: all of it is stored anew."""
+    state = {"a": array(7), "b": {"c": array(8)}}
+    first = repo.commit(state, "first")
+    assert first.report is not None
+    for pack in (folder / ".ckpt" / "packs").rglob("*.pack"):
+        if damage == "missing":
+            pack.unlink()
+        else:
+            os.truncate(pack, 100)
+    with pytest.raises(CorruptionError):
+        repo.checkout(first)
+    again = repo.on("again").commit(state, "again")
+    assert again.report is not None
+    assert again.report.reused == 0
+    assert again.tree == first.tree
+    back = repo.checkout("again")
+    assert np.array_equal(back["a"], state["a"])
+    assert np.array_equal(back["b"]["c"], array(8))
+
+
+@pytest.mark.parametrize("journal", ["missing", "empty"])
+def test_commits_survive_the_loss_of_index_and_journal(repo: Repo, folder: Path, journal: str) -> None:
+    repo.commit({"a": array(9)}, "first")
+    main = repo.commit({"a": array(10)}, "second")
+    side = repo.on("side").commit({"a": array(11)}, "side")
+    repo.close()
+    shutil.rmtree(folder / ".ckpt" / "meta")
+    path = folder / ".ckpt" / "refs.journal"
+    if journal == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"")
+    with pytest.raises(CorruptionError, match="missing or empty") as caught:
+        Repo.open(folder)
+    assert "fsck --rebuild" in str(caught.value.hint)
+    with Repo.open(folder, rebuild=True) as again:
+        report = again.fsck(full=True)
+        assert report.ok
+        assert report.rebuilt is not None
+        assert "branches and tags are lost" in report.rebuilt.problems[-1]
+        assert again.branches() == {}
+        assert again.lost() == {
+            f"lost/rebuilt/{commit.id.short}": commit.id
+            for commit in sorted((main, side), key=lambda commit: commit.id)
+        }
+        again.gc(grace=0)
+        again.branch("main", f"lost/rebuilt/{main.id.short}")
+        assert np.array_equal(again.checkout("main~1")["a"], array(9))
+        again.delete_branch(f"lost/rebuilt/{main.id.short}")
+    with Repo.open(folder) as again:
+        assert set(again.lost()) == {f"lost/rebuilt/{side.id.short}"}
+
+
+def test_fsck_names_the_commits_that_damage_hurts(repo: Repo, folder: Path) -> None:
+    state = {"shared": array(12)}
+    for n in range(3):
+        repo.commit({**state, "own": array(20 + n)}, f"{n}")
+    hurt = repo.resolve("main~1")
+    target = chunk_id(memoryview(array(21)).cast("B"))
+    with repo._store.snapshot() as snapshot:
+        row = snapshot.row(target)
+    assert row is not None
+    path = repo._store.layout.pack(row.pack)
+    data = bytearray(path.read_bytes())
+    data[row.offset + 104 + 3] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    report = repo.fsck(full=True)
+    (problem,) = report.problems
+    assert problem.commits == (str(hurt.id),)
+    assert problem.refs == ("refs/heads/main",)
+    assert hurt.id.short in problem.message
+
+
+def test_a_hint_is_shown_below_a_traceback(repo: Repo) -> None:
+    repo.commit({"n": 0})
+    with pytest.raises(CkptError) as caught:
+        repo.resolve("mian")
+    assert caught.value.__notes__ == ["hint: did you mean main?"]
+
+
+def test_restoring_a_commit_of_files_names_the_state_before_it(repo: Repo, folder: Path) -> None:
+    first = repo.commit({"n": 1})
+    (folder / "notes.txt").write_text("x")
+    repo.commit_files({"notes.txt": folder / "notes.txt"}, continues=True)
+    with pytest.raises(CkptError, match="holds files and no state") as caught:
+        repo.restore({"n": 0})
+    assert first.id.short in str(caught.value.hint)
+
+
+def test_a_long_message_does_not_fill_the_log(repo: Repo) -> None:
+    repo.commit({"n": 0}, "x" * 5000)
+    assert len(repo.reflog(1)[0].why) < 120
+    assert len(repo.resolve("main").message) == 5000
+
+
+def test_a_name_that_reads_as_a_question_is_no_branch(repo: Repo) -> None:
+    repo.commit({"n": 0}, metrics={"val_loss": 1.0})
+    with pytest.raises(CkptError, match="asks for its best commit"):
+        repo.branch("main@best")
+    with pytest.raises(CkptError) as caught:
+        repo.resolve("main@epoch:3")
+    assert "@step:N" in str(caught.value.hint)
+
+
+def test_a_config_may_hold_dtypes_classes_and_functions(repo: Repo) -> None:
+    config = {"dtype": np.dtype("float16"), "optimizer": Repo, "schedule": array, "scale": np.float32(0.5)}
+    commit = repo.commit({"n": 0}, config=config)
+    assert repo.resolve(commit).config == {
+        "dtype": "float16",
+        "optimizer": "ckptvcs.repo.Repo",
+        "schedule": f"{array.__module__}.array",
+        "scale": 0.5,
+    }
+    with pytest.raises(CkptError, match="config/w"):
+        repo.commit({"n": 0}, config={"w": np.zeros(3)})

@@ -323,8 +323,8 @@ def test_a_state_that_changes_under_the_commit(store: Store, monkeypatch: pytest
 
 
 def test_an_object_too_large_for_a_record(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptvcs.store.writer.MAX_RAW", 100)
-    with store.writer() as writer, pytest.raises(InvalidError, match="larger than the 100 a record may hold"):
+    monkeypatch.setattr("ckptvcs.store.writer.largest", lambda kind: 100)
+    with store.writer() as writer, pytest.raises(InvalidError, match="too large; 100 is the most"):
         writer.put_objects(Kind.TREE, [pack_object([], bytes(200))])
 
 
