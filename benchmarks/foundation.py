@@ -1,4 +1,6 @@
-"""Figures on the foundation: `python benchmarks/foundation.py [--dir DIR]`. Ratios of paired runs in one process.
+"""Figures on the foundation: `python benchmarks/foundation.py [--dir DIR]`.
+
+Ratios come from paired runs in one process.
 
 - an unchanged state committed again, against one BLAKE3 pass over the same bytes on as many threads
 - growth of the whole repository by that commit
