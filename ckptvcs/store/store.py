@@ -145,7 +145,8 @@ class Store:
                     store.rebuilt = report
                     for problem in report.problems:
                         say(problem)
-            store._check_journal()
+            with contextlib.suppress(StorageError):  # unreadable: catching up warns of it
+                store._check_journal()
             store.catch_up_journal()
         except BaseException:
             store.close()
