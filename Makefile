@@ -27,7 +27,7 @@ check: .venv/.test ## format, lint, types and the fast tests
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy ckptvcs
-	@$(PY) -m pytest -m 'not slow' -x -q $(ARGS)
+	@$(PY) -m pytest -m 'not slow' -x -q -n 2 --dist loadfile $(ARGS)
 
 docs: .venv/.demo ## write docs/cli.md anew from the commands themselves
 	@mkdir -p docs

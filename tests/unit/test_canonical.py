@@ -192,7 +192,7 @@ class Text(str):
         range(2),
         [{()}],
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_only_exact_types(value: object) -> None:
     with pytest.raises(TypeError):

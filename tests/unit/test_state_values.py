@@ -147,7 +147,7 @@ LEAVES = [
 ]
 
 
-@pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: f"{type(leaf).__name__}-{str(leaf)[:12]!a}")
+@pytest.mark.parametrize("leaf", LEAVES, ids=[f"{n}-{type(leaf).__name__}" for n, leaf in enumerate(LEAVES)])
 def test_every_leaf_kind(leaf):
     check({"leaf": leaf})
 
