@@ -174,6 +174,11 @@ class Entry(NamedTuple):
     id: ObjectId
     base: ObjectId | None
 
+    @classmethod
+    def of(cls, header: Header, offset: int) -> Entry:
+        """The entry of the record that begins with this header at `offset`."""
+        return cls(offset, *header[:-1])
+
     @property
     def cost(self) -> int:
         """Bytes of the record in its pack: header, payload and footer entry."""

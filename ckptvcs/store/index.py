@@ -33,7 +33,7 @@ from ckptvcs import canonical
 from ckptvcs.disk import Disk, in_forked_child
 from ckptvcs.errors import CkptError, CorruptionError, FormatError, LockedError, NotFoundError, StorageError
 from ckptvcs.ids import ID_BYTES, Buffer, Kind, ObjectId
-from ckptvcs.store.format import DAMAGED, HAS_BASE, MAX_STORED, PackName, largest, record_bytes
+from ckptvcs.store.format import DAMAGED, HAS_BASE, MAX_STORED, Entry, PackName, largest, record_bytes
 from ckptvcs.store.journal import (
     Drop,
     Expire,
@@ -89,6 +89,21 @@ class Row(NamedTuple):
     pack: PackName
     base: ObjectId | None = None
     damaged: bool = False
+
+    @classmethod
+    def of(cls, entry: Entry, pack: PackName, depth: int) -> Row:
+        """The row of a record that a pack's footer lists."""
+        return cls(
+            entry.kind,
+            entry.codec,
+            entry.element_size,
+            depth,
+            entry.raw,
+            entry.stored,
+            entry.offset,
+            pack,
+            entry.base,
+        )
 
     @property
     def cost(self) -> int:

@@ -71,16 +71,7 @@ class PackWriter:
     def append(self, frame: Frame) -> Entry:
         """Add a record. Not durable before `seal`. The payload is not kept after the next `append`."""
         header, payload = frame
-        entry = Entry(
-            self._end,
-            header.kind,
-            header.codec,
-            header.element_size,
-            header.raw,
-            header.stored,
-            header.id,
-            header.base,
-        )
+        entry = Entry.of(header, self._end)
         self._waiting += (header.pack(), payload)
         added = HEADER_BYTES + header.stored
         self._waiting_bytes += added
@@ -223,16 +214,7 @@ class PackFile:
                 failed += header.stored
                 at = magics.find(end if failed > 2 * size else at + 1)
                 continue
-            yield Entry(
-                at,
-                header.kind,
-                header.codec,
-                header.element_size,
-                header.raw,
-                header.stored,
-                header.id,
-                header.base,
-            )
+            yield Entry.of(header, at)
             at = magics.find(end)
 
     def close(self) -> None:

@@ -181,13 +181,13 @@ def _choose(
             if len(plain) > 1:
                 sound = (place for place in plain if is_sound(*place))
                 name, entry = next(sound, plain[0])
-            rows[id] = _row(name, entry, 0)
+            rows[id] = Row.of(entry, name, 0)
         else:
             deltas += [(id, name, entry) for name, entry in places]
     deltas.sort(key=lambda item: (item[1], item[2].offset))
     for depth in range(1, MAX_DEPTH + 1):
         added = {
-            id: _row(name, entry, depth)
+            id: Row.of(entry, name, depth)
             for id, name, entry in reversed(deltas)
             if id not in rows and entry.base in rows
         }
@@ -208,20 +208,6 @@ def _is_sound(disk: Disk, layout: Layout, name: PackName, entry: Entry) -> bool:
     except CkptError:
         return False
     return header.id == entry.id
-
-
-def _row(name: PackName, entry: Entry, depth: int) -> Row:
-    return Row(
-        entry.kind,
-        entry.codec,
-        entry.element_size,
-        depth,
-        entry.raw,
-        entry.stored,
-        entry.offset,
-        name,
-        entry.base,
-    )
 
 
 def _references(reader: Reader, rows: dict[ObjectId, Row]) -> dict[ObjectId, list[ObjectId]]:

@@ -355,18 +355,7 @@ class Writer:
             depth = 1 + self._put_row(change, entry.base, below + 1)
             if depth > MAX_DEPTH:
                 raise StorageError(f"the base chain of {id.short} is longer than {MAX_DEPTH}")
-        row = Row(
-            entry.kind,
-            entry.codec,
-            entry.element_size,
-            depth,
-            entry.raw,
-            entry.stored,
-            entry.offset,
-            made.pack,
-            entry.base,
-        )
-        change.put_row(id, row)
+        change.put_row(id, Row.of(entry, made.pack, depth))
         return depth
 
     def _differences(self) -> list[ObjectId]:
