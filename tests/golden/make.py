@@ -18,9 +18,10 @@ from ckptvcs.ids import object_id
 from ckptvcs.store import codec
 from ckptvcs.store.journal import _line
 from ckptvcs.store.packs import make_frame
-from tests.golden import values
+from tests.golden import states, values
 
 HERE = Path(__file__).parent
+NAMES = (*states.STATES, "files")
 
 
 def lines(named: dict[str, bytes]) -> bytes:
@@ -52,6 +53,8 @@ def artifacts() -> dict[str, bytes]:
         "format-0.txt": values.FORMATS[0].pack(),
         "format-1.txt": values.FORMATS[1].pack(),
         "refs.journal": b"".join(map(_line, values.JOURNAL)),
+        "trees.hex": "".join(f"{line}\n" for name in NAMES for line in states.lines(name)).encode(),
+        "commit.hex": lines({"commit": values.encoded_commit()}),
         "rows.hex": lines({str(i): row.encode() for i, row in enumerate(values.ROWS)}),
     }
 

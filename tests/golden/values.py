@@ -8,6 +8,7 @@ import uuid
 from typing import Any, Final
 
 from ckptvcs.canonical import Tagged
+from ckptvcs.history.commit import encode_commit
 from ckptvcs.ids import Kind, ObjectId, object_id
 from ckptvcs.store.format import Entry, Format, Header, PackName, pack_footer, pack_object
 from ckptvcs.store.index import Row
@@ -162,3 +163,22 @@ ROWS: Final = [
 ]
 
 HEADERS: Final[list[Header]] = [frame.header for frame in raw_frames().values()]
+
+
+def encoded_commit() -> bytes:
+    """A commit with every field."""
+    return encode_commit(
+        tree=TREE_ID,
+        parents=[PARENT_ID, object_id(Kind.COMMIT, b"other")],
+        origin=PARENT_ID,
+        author="me@host",
+        time=1_700_000_000_000_000_000,
+        message="first line\nsecond",
+        step=100,
+        epoch=1.5,
+        metrics={"val_loss": 0.25, "n": 3},
+        config={"lr": 0.1, "layers": [1, {"x": None}]},
+        overrides={"lr": 0.2},
+        environment={"host": "h"},
+        sizes={"model": 10, "": 2},
+    )
