@@ -7,6 +7,7 @@ object that it belongs to, with positions in that object's own reference table.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -71,7 +72,7 @@ class Trees:
                 start = end
 
 
-class Node:
+class Node(abc.ABC):
     """An encoded value. `weight` holds once `weigh` has run."""
 
     __slots__ = ("weight",)
@@ -81,9 +82,9 @@ class Node:
         """Compute and keep the weight of this node and all below."""
         return self.weight
 
+    @abc.abstractmethod
     def emit(self, context: Context) -> bytes:
         """The encoding, for an object with this reference table."""
-        raise NotImplementedError
 
 
 class Leaf(Node):
@@ -204,13 +205,13 @@ class _Container(Node):
         id = self.paged(context.trees)
         return encoded_tag(codes.SUBTREE, encode(context.position(Kind.TREE, id)))
 
+    @abc.abstractmethod
     def body(self, context: Context) -> bytes:
         """All children in one value."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def paged(self, trees: Trees) -> ObjectId:
         """Write the container as trees; the id of the topmost."""
-        raise NotImplementedError
 
 
 class ListNode(_Container):

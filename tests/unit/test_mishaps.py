@@ -31,8 +31,8 @@ def array(seed: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).standard_normal(512)
 
 
-def in_child(action: Callable[[], None]) -> int:
-    """Exit status of a forked child that runs `action`; killed after 20 s."""
+def fork(action: Callable[[], None]) -> int:
+    """The process id of a forked child that runs `action`; killed after 20 s."""
     pid = os.fork()
     if pid == 0:
         signal.alarm(20)
@@ -42,7 +42,17 @@ def in_child(action: Callable[[], None]) -> int:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             os._exit(1)
         os._exit(0)
+    return pid
+
+
+def status(pid: int) -> int:
+    """A child's exit status, once it has ended; negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Exit status of a forked child that runs `action`."""
+    return status(fork(action))
 
 
 # -- one change at a time in a thread ------------------------------------------------------------
@@ -144,30 +154,21 @@ def test_a_forked_child_that_was_refused_the_lock_stays_refused(
     repo.commit({"n": 0})
     monkeypatch.setattr(store_module, "_LOCK_WAIT", 0.0)
     layout = repo._store.layout
-    held, release = os.pipe(), os.pipe()
+    held = os.pipe()
 
     def child() -> None:
         os.read(held[0], 1)
         for _ in range(2):
             with pytest.raises(LockedError):
                 repo.commit({"n": 1})
-        os.write(release[1], b"x")
 
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(20)
-        try:
-            child()
-        except BaseException as error:  # noqa: BLE001 - the child must not run the parent's tests
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-            os._exit(1)
-        os._exit(0)
+    pid = fork(child)
     assert repo._store._shared_lock is not None
     repo._store._shared_lock.release()
     with Disk().lock(layout.lock, wait=5):
         os.write(held[1], b"x")
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    for end in (*held, *release):
+        assert status(pid) == 0
+    for end in held:
         os.close(end)
 
 
