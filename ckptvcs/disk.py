@@ -17,6 +17,7 @@ import contextlib
 import errno
 import fcntl
 import getpass
+import mmap
 import os
 import shutil
 import stat
@@ -442,6 +443,24 @@ def _open_for_lock(path: Path, shared: bool) -> int:
         if not shared or error.errno not in (errno.EACCES, errno.EROFS):
             raise
         return os.open(path, os.O_RDONLY | common)
+
+
+def reserved_memory(nbytes: int) -> memoryview:
+    """Zeroed memory of which only the pages that are written take room, however much it is.
+
+    MemoryError if the machine refuses even the address space.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if sys.platform == "linux":
+        flags |= _MAP_NORESERVE
+    try:
+        return memoryview(mmap.mmap(-1, nbytes, flags=flags))
+    except OSError as error:
+        raise MemoryError(str(error)) from None
+
+
+_MAP_NORESERVE: Final = 0x4000
+"""Linux's, which the mmap module does not name in every version of Python."""
 
 
 def random_name() -> str:

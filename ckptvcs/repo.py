@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from ckptvcs.maintenance import fsck, gc
     from ckptvcs.state import files as file_trees
     from ckptvcs.state import tree as state_trees
+    from ckptvcs.state.bases import Bases, Held
+    from ckptvcs.state.lazy import LazyTensor
 
 _log = logging.getLogger("ckptvcs")
 _RETRIES: Final = 10
@@ -81,8 +83,9 @@ class Restored(dict[str, Any]):
 class _Shared:
     """What the handles of one opened repository have in common."""
 
-    def __init__(self, store: Store, author: str | None) -> None:
+    def __init__(self, store: Store, author: str | None, compression: str | None = None) -> None:
         self.store = store
+        self.compression = compression
         self.history = History(store)
         self.author = author
         self.children: list[Repo] = []
@@ -114,6 +117,8 @@ class Repo:
         self._mutex = ThreadLock()
         self._origin: ObjectId | None = None
         self._warned = False
+        # The content of the commit this handle made last, so that its tree need not be read.
+        self._held: tuple[ObjectId, dict[str, Held]] | None = None
         self._ref: str | None
         self._tip: ObjectId | None
         with shared.store.snapshot() as snapshot:
@@ -163,6 +168,7 @@ class Repo:
         path: StrPath | None = None,
         branch: str | None = None,
         *,
+        compression: str | None = None,
         create: bool = False,
         rebuild: bool = False,
         say: Callable[[str], None] | None = None,
@@ -174,6 +180,8 @@ class Repo:
                 current folder and those above it are searched, like git does.
             branch: the branch to work on; it need not exist yet. Without it `CKPT_BRANCH`, else the
                 branch HEAD is on now.
+            compression: 'fast', 'balanced' or 'small' for what this handle commits; without it, the
+                repository's setting. Every level reads what every other wrote.
             create: make the repository if it is missing. Needs `path` or `CKPT_REPO`. Safe when many
                 processes do it at once.
             rebuild: make the index anew from packs and journal first, even if it is too damaged to be
@@ -182,6 +190,8 @@ class Repo:
 
         Raises NoRepositoryError, FormatError for a newer format, LockedError during a rebuild.
         """
+        if compression is not None:
+            settings.checked("compression", compression, "compression")
         environ = Environment()
         disk = Disk()
         place = Path(path) if path is not None else environ.repo
@@ -202,7 +212,7 @@ class Repo:
             )
         store = Store.open(root, disk, threads=environ.threads, say=say or _log.warning, rebuild=rebuild)
         try:
-            return cls(_Shared(store, environ.author), branch or environ.branch, owner=True)
+            return cls(_Shared(store, environ.author, compression), branch or environ.branch, owner=True)
         except BaseException:
             store.close()
             raise
@@ -329,7 +339,7 @@ class Repo:
         refuse_on_other_ranks()
         attached = None if files is None else file_trees.attached(self._store.disk, files)
         return self._commit(
-            lambda writer: state_trees.write(writer, state, attached),
+            lambda writer, bases: state_trees.write(writer, state, attached, bases),
             message,
             step=step,
             epoch=epoch,
@@ -359,7 +369,7 @@ class Repo:
 
         folder = file_trees.collected(self._store.disk, paths)
         return self._commit(
-            lambda writer: state_trees.write(writer, files=folder),
+            lambda writer, bases: state_trees.write(writer, files=folder, bases=bases),
             message,
             step=step,
             epoch=epoch,
@@ -370,7 +380,7 @@ class Repo:
 
     def _commit(
         self,
-        write: Callable[[Writer], tuple[ObjectId, dict[str, int]]],
+        write: Callable[[Writer, Bases], state_trees.Written],
         message: str,
         *,
         step: Any,
@@ -397,8 +407,8 @@ class Repo:
             if continues and self._origin is None:
                 self._origin = self._tip
             ref, parents = self._lineage()
-            with shared.store.writer() as writer:
-                tree, sizes = write(writer)
+            with shared.store.writer(self._compression()) as writer:
+                tree, sizes, held = write(writer, self._bases(parents))
                 writer.section("")
                 fields |= {
                     "tree": tree,
@@ -428,6 +438,7 @@ class Repo:
                     with contextlib.suppress(CkptError):
                         if won or self._head()[1] == id:
                             self._tip = self._origin = id
+                            self._held = id, held
                 tallies = writer.tallies
             shared.store.catch_up_journal()
             if not won:
@@ -450,6 +461,26 @@ class Repo:
             components=components,
         )
         return Commit(id=id, report=report, **fields)
+
+    def _compression(self) -> str:
+        return self._shared.compression or str(self.config.get("compression"))
+
+    def _bases(self, parents: Sequence[ObjectId]) -> Bases:
+        """What the new commit may be stored as a difference to: its first parent's content."""
+        from ckptvcs.state import tree as state_trees
+        from ckptvcs.state.bases import Bases
+
+        if not parents:
+            return Bases(dict)
+        if self._held is not None and self._held[0] == parents[0]:
+            held = self._held[1]
+            return Bases(lambda: held)
+
+        def load() -> dict[str, Held]:
+            with self._store.reader() as reader:
+                return state_trees.held(reader, self._shared.history.commit(parents[0]).tree)
+
+        return Bases(load)
 
     def _free_lost_name(self, ref: str, id: ObjectId) -> str:
         """Where the commit goes if it loses its race: 8 digits of its id, more if those are taken."""
@@ -527,6 +558,23 @@ class Repo:
             if not state_trees.parts(reader, commit.tree).state:
                 return file_trees.contents(reader, commit.tree, only)
             return state_trees.read(reader, commit.tree, only=only, framework=framework, device=device)
+
+    def open_tensor(
+        self, rev: str | ObjectId | Commit, path: str, *, framework: str | None = None
+    ) -> LazyTensor:
+        """One tensor of a commit, of which slices are read without the rest.
+
+        Args:
+            rev: which commit.
+            path: the tensor's path as `ckpt ls` shows it; no pattern.
+            framework: 'numpy' or 'torch'; None gives slices in the framework it was stored from.
+
+        NotFoundError if there is nothing of that path; InvalidError if it is no dense tensor.
+        """
+        from ckptvcs.state.lazy import opened_tensor
+
+        commit = self.resolve(rev)
+        return opened_tensor(lambda: self._reading(commit), commit.tree, path, framework)
 
     def restore(
         self,

@@ -7,7 +7,7 @@ import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -33,6 +33,15 @@ from ckptvcs.store.format import Grid
 
 MAX_COMPONENTS: Final = 64
 """Up to so many top-level entries each is a component; of more, only those that are containers."""
+
+
+class Place(NamedTuple):
+    """What content is: its path in the state, or behind `FILES` in the files, and of a tensor the dtype's
+    name and the shape."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,11 @@ class LinkContent:
 
 Folder: TypeAlias = "Mapping[str, FileContent | LinkContent | Folder]"
 
+FILES: Final = paths.name("")
+"""The first component of every path of content in files, which keeps it apart from nearly every state's."""
+
 _Trail: TypeAlias = "tuple[Any, object] | None"
+_IN_FILES: Final[_Trail] = (None, "")
 _NUMBERS: Final = (type(None), bool, int, float)
 
 
@@ -79,7 +92,7 @@ class Builder:
     """Builds the nodes of one tree.
 
     Attributes:
-        contents: what has to be stored, by component, in order.
+        contents: what has to be stored and what it is, by component, in order.
         sizes: logical bytes by component.
     """
 
@@ -96,7 +109,7 @@ class Builder:
         # seem to share it. Raw views keep their memory alive on their own, for as long as sources last.
         self._kept: list[Any] = []
         self._captures = torch_tensors.Captures()
-        self.contents: dict[str, list[Content]] = {}
+        self.contents: dict[str, list[tuple[Place, Content]]] = {}
         self.sizes: dict[str, int] = {}
         self._component = ""
 
@@ -112,28 +125,37 @@ class Builder:
 
     def files(self, folder: Folder) -> Node:
         """The node of a folder of files."""
-        return MapNode([(encode(name), self._file(name, entry, True)) for name, entry in folder.items()])
+        return MapNode([(encode(name), self._file(name, entry, _IN_FILES)) for name, entry in folder.items()])
 
-    def _file(self, name: str, entry: FileContent | LinkContent | Folder, top: bool) -> Node:
+    def _file(self, name: str, entry: FileContent | LinkContent | Folder, trail: _Trail) -> Node:
         self._counted(None)
-        if top:
+        if trail is _IN_FILES:
             self._enter(name)
+        trail = (trail, name)
         if isinstance(entry, LinkContent):
             return Leaf(encode(Tagged(codes.LINK, encode(entry.target))))
         if isinstance(entry, FileContent):
             fields = [encode(field) for field in (entry.size, entry.mode, entry.digest, entry.splitter)]
-            return Data(codes.FILE, fields, self._content(entry.size, entry.sources))
-        return MapNode([(encode(key), self._file(key, below, False)) for key, below in entry.items()])
+            return Data(codes.FILE, fields, self._content(entry.size, entry.sources, trail))
+        return MapNode([(encode(key), self._file(key, below, trail)) for key, below in entry.items()])
 
     def _enter(self, component: str) -> None:
         self._component = component
         self.contents.setdefault(component, [])
         self.sizes.setdefault(component, 0)
 
-    def _content(self, nbytes: int, sources: Sequence[Source]) -> Content:
+    def _content(
+        self,
+        nbytes: int,
+        sources: Sequence[Source],
+        trail: _Trail,
+        dtype: str = "",
+        shape: tuple[int, ...] = (),
+    ) -> Content:
         content = Content(nbytes, sources, self._grid)
         if content.inline is None:
-            self.contents.setdefault(self._component, []).append(content)
+            place = Place(_path(trail), dtype, shape)
+            self.contents.setdefault(self._component, []).append((place, content))
         self.sizes[self._component] = self.sizes.get(self._component, 0) + nbytes
         return content
 
@@ -185,7 +207,7 @@ class Builder:
                 if kind is bytearray:
                     data = bytes(data)  # a view would forbid its owner to resize it
                 fields = [encode(kind.__name__), encode(len(data))]
-                return Data(codes.BLOB, fields, self._content(len(data), [BytesSource(data)]))
+                return Data(codes.BLOB, fields, self._content(len(data), [BytesSource(data)], trail))
         return self._leaf(
             encode(Tagged(codes.BYTEARRAY, encode(bytes(value))) if kind is bytearray else value)
         )
@@ -340,14 +362,15 @@ class Builder:
             return self._refuse(trail, why_not(value.dtype))
         if in_key:
             return self._refuse(trail, "array as a key or in a set")
-        return self._tensor(*captured)
+        return self._tensor(trail, *captured)
 
     def _memmap(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         return self._array(value, trail, in_key)
 
-    def _tensor(self, spec: Spec, raw: Raw) -> TensorNode:
+    def _tensor(self, trail: _Trail, spec: Spec, raw: Raw) -> TensorNode:
         size = unit(spec.dtype, spec.item)
-        node = TensorNode(spec, self._content(spec.nbytes, [ArraySource(raw, size, spec.swap)]))
+        sources = [ArraySource(raw, size, spec.swap)]
+        node = TensorNode(spec, self._content(spec.nbytes, sources, trail, spec.dtype, spec.shape))
         self._tensors.append((node, raw))
         return node
 
@@ -365,7 +388,7 @@ class Builder:
             name, scheme, flags, axis, parts = quantized
             head = [name, scheme, flags, axis]
             return Tag(codes.QUANTIZED, [*self._fields(head), self._parts(parts, trail)])
-        return self._tensor(*self._captures.dense(value))
+        return self._tensor(trail, *self._captures.dense(value))
 
     def _fields(self, fields: Sequence[Any]) -> list[Node]:
         return [Leaf(encode(field)) for field in fields]
@@ -377,7 +400,7 @@ class Builder:
             [
                 (
                     encode(name),
-                    self._tensor(*self._captures.dense(part))
+                    self._tensor((trail, name), *self._captures.dense(part))
                     if torch_tensors.is_tensor(part)
                     else self._leaf(encode(part)),
                 )
@@ -392,7 +415,7 @@ class Builder:
         self._kept.append(state)
         return Tag(
             codes.TORCH_GENERATOR,
-            [self._leaf(encode(device)), self._tensor(*self._captures.dense(state))],
+            [self._leaf(encode(device)), self._tensor((trail, "state"), *self._captures.dense(state))],
         )
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ckptvcs.ids import Buffer, Kind, ObjectId
 from ckptvcs.store.format import Grid
+from ckptvcs.store.hints import Hint
 
 
 class Source(Protocol):
@@ -35,8 +36,13 @@ class ObjectWriter(Protocol):
     def grid(self) -> Grid:
         """How content is cut."""
 
-    def put(self, sources: Sequence[Source]) -> list[tuple[ObjectId, ...]]:
-        """Cut each source by `grid.chunk`, store what is new, and return its chunk ids."""
+    def put(
+        self, sources: Sequence[Source], hints: Sequence[Hint] | None = None
+    ) -> list[tuple[ObjectId, ...]]:
+        """Cut each source by `grid.chunk`, store what is new, and return its chunk ids.
+
+        `hints`, one per source, say what may help to store it small.
+        """
 
     def put_objects(self, kind: Kind, payloads: Sequence[bytes]) -> list[ObjectId]:
         """Store objects. What they refer to was put before."""
@@ -54,6 +60,9 @@ class ObjectReader(Protocol):
 
     def objects(self, kind: Kind, ids: Sequence[ObjectId]) -> list[bytes]:
         """The payloads of these objects, each checked against its id."""
+
+    def read_parts(self, wanted: Sequence[tuple[ObjectId, memoryview]]) -> None:
+        """Fill each buffer with one chunk, which must be as long, checked against its id."""
 
     def read_into(self, requests: Sequence[tuple[Sequence[ObjectId], memoryview]]) -> None:
         """Fill each buffer with its chunks, one after another, each checked against its id."""

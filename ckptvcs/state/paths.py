@@ -76,9 +76,10 @@ class _Component:
 
     __slots__ = ("glob", "text")
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, plain: bool = False) -> None:
         self.text = text
-        self.glob = re.compile(fnmatch.translate(text)) if any(sign in text for sign in "*?[") else None
+        is_glob = not plain and any(sign in text for sign in "*?[")
+        self.glob = re.compile(fnmatch.translate(text)) if is_glob else None
 
     def matches(self, component: str, key: object) -> bool:
         # A text key may be given without its `\s`: "0" finds the parameter names of a Sequential.
@@ -168,6 +169,15 @@ class Selection:
 
 
 EVERYTHING: Final = Selection((), whole=True)
+
+
+def exactly(components: Sequence[str]) -> Selection:
+    """The selection of one path, whose components stand for themselves and not for patterns."""
+    pattern = _Pattern("")
+    state = _State(pattern, final=True)
+    for component in reversed(components):
+        state = _State(pattern, [(_Component(component, plain=True), state)])
+    return Selection([state])
 
 
 class Patterns:

@@ -916,6 +916,24 @@ Devices: TypeAlias = Any
 """None, a device, or a mapping of path pattern to device."""
 
 
+def check_framework(framework: str | None) -> None:
+    """InvalidError unless it is one."""
+    if framework not in (None, "numpy", "torch"):
+        raise InvalidError(f"unknown framework {framework!r}", hint='"numpy", "torch" or None')
+
+
+def target_spec(path: str, spec: Spec, framework: str | None) -> Spec:
+    """What a stored tensor becomes in a framework, or with None in its own. InvalidError if it cannot."""
+    framework = framework or spec.framework
+    if framework == "torch":
+        torch_tensors.require()
+    if framework == spec.framework:
+        return spec
+    if spec.dtype not in SHARED_NAMES:
+        raise InvalidError(f"{path}: dtype {spec.dtype} has no counterpart in {framework}")
+    return Spec(framework, spec.dtype, spec.shape, 0, spec.item)
+
+
 class Materialiser:
     """Turns stored nodes into values, reading all content in one call.
 
@@ -924,8 +942,7 @@ class Materialiser:
     """
 
     def __init__(self, reader: ObjectReader, framework: str | None = None, device: Devices = None) -> None:
-        if framework not in (None, "numpy", "torch"):
-            raise InvalidError(f"unknown framework {framework!r}", hint='"numpy", "torch" or None')
+        check_framework(framework)
         self._reader = reader
         self._framework = framework
         self._device = device
@@ -959,7 +976,7 @@ class Materialiser:
 
     def _collect(self, path: str, node: Stored) -> None:
         if isinstance(node, StoredTensor):
-            self._tensors.append((path, node, self._target(path, node.spec)))
+            self._tensors.append((path, node, target_spec(path, node.spec, self._framework)))
         elif isinstance(node, StoredBlob):
             self._blobs.append((path, node))
         elif isinstance(node, Branch):
@@ -967,16 +984,6 @@ class Materialiser:
                 raise InvalidError(f"{path}: a {node.kind} torch tensor has no numpy form")
             for key, child in zip(node.keys, node.children, strict=True):
                 self._collect(paths.join(path, paths.name(key)), child)
-
-    def _target(self, path: str, spec: Spec) -> Spec:
-        framework = self._framework or spec.framework
-        if framework == "torch":
-            torch_tensors.require()
-        if framework == spec.framework:
-            return spec
-        if spec.dtype not in SHARED_NAMES:
-            raise InvalidError(f"{path}: dtype {spec.dtype} has no counterpart in {framework}")
-        return Spec(framework, spec.dtype, spec.shape, 0, spec.item)
 
     def _device_of(self, path: str) -> Any:
         if not isinstance(self._device, Mapping):

@@ -15,7 +15,8 @@ from ckptvcs.canonical import encode, encoded_map, encoded_tag
 from ckptvcs.errors import NotFoundError, UnsupportedStateError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.state import codes, paths
-from ckptvcs.state.build import MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent
+from ckptvcs.state.bases import Bases, Held
+from ckptvcs.state.build import FILES, MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent, Place
 from ckptvcs.state.interface import ObjectReader, ObjectWriter, Source
 from ckptvcs.state.nodes import Content, Context, Node, Trees
 from ckptvcs.state.read import (
@@ -31,7 +32,9 @@ from ckptvcs.state.read import (
     StoredLink,
     StoredTensor,
     StoredTorch,
+    resolve,
 )
+from ckptvcs.store.hints import Hint
 
 __all__ = [
     "ABSENT",
@@ -87,15 +90,21 @@ class Written(NamedTuple):
     Attributes:
         tree: id of the root tree.
         sizes: logical bytes by component: the name of a top-level entry, or "" for what lies in none.
+        held: its content, for the bases of the next tree.
     """
 
     tree: ObjectId
     sizes: dict[str, int]
+    held: dict[str, Held]
 
 
 @refuse_deep
-def write(writer: ObjectWriter, state: Any = ABSENT, files: Folder | None = None) -> Written:
+def write(
+    writer: ObjectWriter, state: Any = ABSENT, files: Folder | None = None, bases: Bases | None = None
+) -> Written:
     """Store a state, files, or both, as one tree.
+
+    What lies at the same place in `bases` may serve to store it smaller.
 
     The state's memory is read while this runs and must not change. Up to
     `build.MAX_COMPONENTS` top-level entries are a component each; of a longer dict only those that
@@ -110,10 +119,11 @@ def write(writer: ObjectWriter, state: Any = ABSENT, files: Folder | None = None
         built["state"] = builder.state(state)
     if files is not None:
         built["files"] = builder.files(files)
+    held: dict[str, Held] = {}
     for component, contents in builder.contents.items():
         if contents:
             writer.section(component)
-            _store(writer, contents)
+            held |= _store(writer, contents, bases)
     writer.section("")
     trees = Trees(writer)
     context = Context(trees)
@@ -123,17 +133,61 @@ def write(writer: ObjectWriter, state: Any = ABSENT, files: Folder | None = None
         encoded.append((encode(name), node.emit(context)))
     root = trees.put(Kind.TREE, context.references, encoded_tag(codes.ROOT, encoded_map(encoded)))
     trees.flush()
-    return Written(root, {name: size for name, size in builder.sizes.items() if name or size})
+    sizes = {name: size for name, size in builder.sizes.items() if name or size}
+    return Written(root, sizes, held)
 
 
-def _store(writer: ObjectWriter, contents: Sequence[Content]) -> None:
+def _store(
+    writer: ObjectWriter, contents: Sequence[tuple[Place, Content]], bases: Bases | None
+) -> dict[str, Held]:
     sources: list[Source] = []
-    for content in contents:
+    hints: list[Hint] = []
+    for place, content in contents:
         sources += content.sources
-    found = iter(writer.put(sources))
-    for content in contents:
+        hints += [_hint(place, bases, writer.grid.chunk) for _ in content.sources]
+    found = iter(writer.put(sources, hints))
+    held = {}
+    for place, content in contents:
         content.ids = tuple(id for _ in content.sources for id in next(found))
         content.sources = ()
+        held[place.path] = Held(place.dtype, place.shape, content.ids)
+    return held
+
+
+def _hint(place: Place, bases: Bases | None, cell: int) -> Hint:
+    def base(offset: int) -> ObjectId | None:
+        chunks = () if bases is None else bases.find(*place)
+        return chunks[offset // cell] if offset // cell < len(chunks) else None
+
+    return Hint(place, place.dtype, base)
+
+
+@refuse_deep
+def held(reader: ObjectReader, tree: ObjectId) -> dict[str, Held]:
+    """The content of a tree that lies in chunks, by path, as `write` gives it."""
+    loader = Loader(reader)
+    opened, found = loader.root(tree)
+    contents: list[tuple[Place, Stored]] = []
+    for part, start in (("state", ""), ("files", FILES)):
+        if part in found:
+            _list_contents(start, loader.node(found[part], opened, paths.EVERYTHING), contents)
+    inner = [(place, node.content) for place, node in contents if hasattr(node, "content")]
+    resolve(reader, [content for _, content in inner])
+    return {
+        place.path: Held(place.dtype, place.shape, content.chunks)
+        for place, content in inner
+        if content.chunks
+    }
+
+
+def _list_contents(path: str, node: Stored, found: list[tuple[Place, Stored]]) -> None:
+    if isinstance(node, StoredTensor):
+        found.append((Place(path, node.spec.dtype, node.spec.shape), node))
+    elif isinstance(node, (StoredBlob, StoredFile)):
+        found.append((Place(path, "", ()), node))
+    elif isinstance(node, Branch):
+        for key, child in zip(node.keys, node.children, strict=True):
+            _list_contents(paths.join(path, paths.name(key)), child, found)
 
 
 class Parts(NamedTuple):

@@ -1,26 +1,28 @@
-"""Codecs: raw bytes of a chunk or object <-> stored payload. The only module that knows zstandard.
+"""Codecs: raw bytes of a chunk or object <-> stored payload.
 
-A codec is a number in the record header. Decoding checks every declared size before it allocates:
-python-zstandard ignores `max_output_size` when a frame states its own size, so the stated size is
-compared with the record's raw length first.
+A codec is a number in the record header. Decoding checks every declared size before memory is taken for it,
+and the reader checks the id of what comes out, so a codec need not be trusted.
+
+The codecs for numbers bring numpy, which listing a history must not wait for: their modules are imported
+when the first of their frames is met.
 """
 
 from __future__ import annotations
 
-import threading
-from typing import Final, Protocol
-
-import zstandard
+import importlib
+from typing import Any, Final, Protocol
 
 from ckptvcs.errors import CorruptionError, FormatError
 from ckptvcs.ids import Buffer
+from ckptvcs.store import entropy
 
 RAW: Final = 0
 ZSTD: Final = 1
+PLANES: Final = 2
+DIFFERENCE: Final = 3
 EXPERIMENTAL: Final = range(240, 256)
 """Codec numbers that no release ever writes; tests use them for synthetic frames."""
 
-_LEVEL: Final = 1
 _SAMPLE: Final = 16 << 10
 _MIN_SIZE: Final = 64
 _WORTHWHILE: Final = 0.97
@@ -30,17 +32,14 @@ _WORTHWHILE: Final = 0.97
 class Codec(Protocol):
     """One way to store bytes. Instances are shared between threads."""
 
-    def encode(self, raw: Buffer, element_size: int, base: Buffer | None) -> bytes | None:
-        """The payload, or None if this codec does not make the bytes smaller."""
-
     def decode(self, payload: Buffer, into: memoryview, element_size: int, base: Buffer | None) -> None:
-        """Fill `into`, whose length is the record's raw length. ValueError for impossible payloads."""
+        """Fill `into`, whose length is the record's raw length. ValueError for impossible payloads.
+
+        `base` holds the bytes of the base, of the same length, and may be `into` itself.
+        """
 
 
 class _Raw:
-    def encode(self, raw: Buffer, element_size: int, base: Buffer | None) -> bytes | None:
-        return bytes(raw)
-
     def decode(self, payload: Buffer, into: memoryview, element_size: int, base: Buffer | None) -> None:
         if len(payload) != len(into):
             raise ValueError(f"{len(payload)} stored bytes for {len(into)} raw ones")
@@ -48,53 +47,47 @@ class _Raw:
 
 
 class _Zstd:
-    """Plain zstandard. Compressors are not thread-safe, so each thread has its own pair."""
+    def decode(self, payload: Buffer, into: memoryview, element_size: int, base: Buffer | None) -> None:
+        into[:] = entropy.inflate(payload, len(into))
 
-    def __init__(self) -> None:
-        self._local = threading.local()
 
-    def _pair(self) -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
-        pair = getattr(self._local, "pair", None)
-        if pair is None:
-            pair = zstandard.ZstdCompressor(level=_LEVEL), zstandard.ZstdDecompressor()
-            self._local.pair = pair
-        return pair
+class _Numbers:
+    """A codec in a module of this package that is imported on first use."""
 
-    def encode(self, raw: Buffer, element_size: int, base: Buffer | None) -> bytes | None:
-        size = len(raw)
-        if size < _MIN_SIZE:
-            return None
-        compressor, _ = self._pair()
-        if size > 4 * _SAMPLE:
-            # Trial on the middle of the chunk: dense mantissas do not compress, and finding that out
-            # on all of it would cost more than writing it.
-            middle = (size // 2) & ~7
-            sample = memoryview(raw)[middle : middle + _SAMPLE]
-            if len(compressor.compress(sample)) > _WORTHWHILE * _SAMPLE:
-                return None
-        payload = compressor.compress(raw)
-        return payload if len(payload) < _WORTHWHILE * size else None
+    def __init__(self, module: str) -> None:
+        self._module = module
 
     def decode(self, payload: Buffer, into: memoryview, element_size: int, base: Buffer | None) -> None:
-        try:
-            stated = zstandard.frame_content_size(payload)
-            if stated != len(into):
-                raise ValueError(f"the frame states {stated} bytes, the record {len(into)}")
-            _, decompressor = self._pair()
-            raw = decompressor.decompress(payload, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise ValueError(str(error)) from None
-        if len(raw) != len(into):
-            raise ValueError(f"the frame gave {len(raw)} bytes, the record states {len(into)}")
-        into[:] = raw
+        module: Any = importlib.import_module(self._module)
+        module.decode_frame(payload, into, element_size, base)
 
 
-CODECS: Final[dict[int, Codec]] = {RAW: _Raw(), ZSTD: _Zstd()}
+CODECS: Final[dict[int, Codec]] = {
+    RAW: _Raw(),
+    ZSTD: _Zstd(),
+    PLANES: _Numbers("ckptvcs.store.planes"),
+    DIFFERENCE: _Numbers("ckptvcs.store.difference"),
+}
 
 
-def encode(raw: Buffer, element_size: int) -> tuple[int, Buffer]:
-    """The best plain encoding of `raw`: (codec, payload). The payload may be `raw` itself, uncopied."""
-    payload = CODECS[ZSTD].encode(raw, element_size, None)
+def deflate(raw: Buffer) -> bytes | None:
+    """`raw` as a zstandard frame; None if that is hardly smaller."""
+    size = len(raw)
+    if size < _MIN_SIZE:
+        return None
+    if size > 4 * _SAMPLE:
+        # Trial on the middle: bytes that do not compress are found out by a part of them.
+        middle = (size // 2) & ~7
+        sample = memoryview(raw)[middle : middle + _SAMPLE]
+        if len(entropy.deflate(sample)) > _WORTHWHILE * _SAMPLE:
+            return None
+    payload = entropy.deflate(raw)
+    return payload if len(payload) < _WORTHWHILE * size else None
+
+
+def encode(raw: Buffer) -> tuple[int, Buffer]:
+    """The best encoding of bytes that are no numbers: (codec, payload). The payload may be `raw` itself."""
+    payload = deflate(raw)
     return (RAW, raw) if payload is None else (ZSTD, payload)
 
 

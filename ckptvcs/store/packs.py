@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -168,10 +168,22 @@ class PackFile:
             )
         return payload
 
-    def record(self, offset: int, stored: int) -> tuple[Header, bytes]:
-        """Header and payload in one read. The caller verifies the id, so the digest is not checked."""
-        data = self._read(offset, HEADER_BYTES + stored, offset)
-        header = Header.unpack(data, str(self.path), offset)
+    def record(
+        self, offset: int, stored: int, memory: Callable[[int], memoryview]
+    ) -> tuple[Header, memoryview]:
+        """Header and payload in one read, into what `memory` gives for their size.
+
+        The caller verifies the id, so the digest is not checked. Memory is not asked for before it is
+        known that the file has as many bytes.
+        """
+        size = HEADER_BYTES + stored
+        inside = offset + size <= self._file.size()
+        buffer = memory(size if inside else 0)
+        if not inside or self._file.read_into(buffer, offset) < size:
+            raise CorruptionError(
+                f"{self.path}: record at {offset} is cut short", path=str(self.path), offset=offset
+            )
+        header = Header.unpack(buffer, str(self.path), offset)
         if header.stored != stored:
             raise CorruptionError(
                 f"{self.path}: the record at {offset} is not the one indexed",
@@ -179,7 +191,7 @@ class PackFile:
                 offset=offset,
                 id=str(header.id),
             )
-        return header, data[HEADER_BYTES:]
+        return header, buffer[HEADER_BYTES:]
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Raw bytes of the file, for frames that need no decoding; fewer only at its end."""

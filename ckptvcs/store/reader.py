@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 from ckptvcs.disk import Disk
 from ckptvcs.errors import CorruptionError, NotFoundError
@@ -23,6 +23,36 @@ from ckptvcs.store.packs import PackFile
 _OPEN_FILES: Final = 64
 _BATCH: Final = 8 << 20
 """Raw bytes one task of the pool reads."""
+
+
+class Link(NamedTuple):
+    """A record, as one link of a chain of bases."""
+
+    id: ObjectId
+    row: Row
+
+
+_Chain: TypeAlias = tuple[Link, ...]
+"""A record and those below it, down to a plain one."""
+
+
+class _Buffers(threading.local):
+    """Memory that each thread reads stored frames into, again and again."""
+
+    def __init__(self) -> None:
+        self._held = bytearray(1 << 20)
+
+    def of(self, size: int) -> memoryview:
+        """`size` bytes of any content, until the thread asks again."""
+        if size > _HELD:
+            return memoryview(bytearray(size))
+        if size > len(self._held):
+            self._held = bytearray(_HELD)
+        return memoryview(self._held)[:size]
+
+
+_HELD: Final = 2 << 20
+_buffers: Final = _Buffers()
 
 
 class Reader:
@@ -51,17 +81,17 @@ class Reader:
 
     def objects(self, kind: Kind, ids: Sequence[ObjectId]) -> list[bytes]:
         """The verified payloads of objects of one kind, in the order asked for."""
-        rows = self._rows(ids)
-        order = sorted(range(len(ids)), key=lambda i: _place(rows[ids[i]]))
+        chains = self._chains(ids)
+        order = sorted(range(len(ids)), key=lambda i: _place(chains[ids[i]][0].row))
         payloads: list[bytes] = [b""] * len(ids)
         for i in order:
-            row = rows[ids[i]]
+            row = chains[ids[i]][0].row
             if row.kind is not kind:
                 raise CorruptionError(
                     f"{ids[i].short} is a {row.kind.label}, not a {kind.label}", id=str(ids[i])
                 )
             buffer = bytearray(row.raw)
-            self._fill(ids[i], row, memoryview(buffer))
+            self._fill(chains[ids[i]], memoryview(buffer))
             payloads[i] = bytes(buffer)
         return payloads
 
@@ -81,24 +111,29 @@ class Reader:
                 wanted.append((id, view[i * self.grid.chunk : (i + 1) * self.grid.chunk]))
         if not wanted:
             return
-        rows = self._rows([id for id, _ in wanted])
+        self.read_parts(wanted)
+
+    def read_parts(self, wanted: Sequence[tuple[ObjectId, memoryview]]) -> None:
+        """Fill each buffer with one chunk, which must be as long. Otherwise like `read_into`."""
+        chains = self._chains([id for id, _ in wanted])
         for id, part in wanted:
-            row = rows[id]
+            row = chains[id][0].row
             if row.kind is not Kind.CHUNK or row.raw != len(part):
                 raise CorruptionError(
                     f"{id.short} is a {row.kind.label} of {row.raw} bytes where a chunk of "
                     f"{len(part)} belongs",
                     id=str(id),
                 )
-        wanted.sort(key=lambda item: _place(rows[item[0]]))
-        tasks: list[list[tuple[ObjectId, Row, memoryview]]] = [[]]
+        items = [(chains[id], part) for id, part in wanted]
+        items.sort(key=lambda item: _place(item[0][0].row))
+        tasks: list[list[tuple[_Chain, memoryview]]] = [[]]
         size = 0
-        for id, part in wanted:
+        for item in items:
             if size >= _BATCH:
                 tasks.append([])
                 size = 0
-            tasks[-1].append((id, rows[id], part))
-            size += len(part)
+            tasks[-1].append(item)
+            size += len(item[1])
         if len(tasks) == 1:
             self._fill_all(tasks[0])
             return
@@ -115,79 +150,116 @@ class Reader:
 
     def chunk(self, id: ObjectId) -> bytes:
         """One verified chunk."""
-        row = self._rows([id])[id]
-        buffer = bytearray(row.raw)
-        self._fill(id, row, memoryview(buffer))
+        chain = self._chains([id])[id]
+        buffer = bytearray(chain[0].row.raw)
+        self._fill(chain, memoryview(buffer))
         return bytes(buffer)
 
     # -- how -------------------------------------------------------------------------------------
 
-    def _fill_all(self, items: list[tuple[ObjectId, Row, memoryview]]) -> None:
-        for id, row, part in items:
-            self._fill(id, row, part)
+    def _fill_all(self, items: list[tuple[_Chain, memoryview]]) -> None:
+        for chain, part in items:
+            self._fill(chain, part)
 
-    def _rows(self, ids: Sequence[ObjectId]) -> dict[ObjectId, Row]:
+    def _chains(self, ids: Sequence[ObjectId]) -> dict[ObjectId, _Chain]:
+        """Each record with those below it in its base chain, down to a plain one, from one snapshot."""
+        found: dict[ObjectId, _Chain] = {}
         with self._index.snapshot() as snapshot:
-            rows = {id: snapshot.row(id) for id in ids}
-        return {id: _found(id, row) for id, row in rows.items()}
+            for id in ids:
+                if id in found:
+                    continue
+                chain = [Link(id, _found(id, snapshot.row(id)))]
+                while (base := chain[-1].row.base) is not None:
+                    if len(chain) > MAX_DEPTH:
+                        raise CorruptionError(f"the base chain of {id.short} is too long", id=str(id))
+                    chain.append(Link(base, _found(base, snapshot.row(base))))
+                found[id] = tuple(chain)
+        return found
 
-    def _fill(self, id: ObjectId, row: Row, into: memoryview, depth: int = 0) -> None:
+    def _fill(self, chain: _Chain, into: memoryview) -> None:
+        """Decode a record into memory of its size, and check its id.
+
+        The plain frame at the end of the chain is decoded there first, then one difference after the other
+        is applied in place, so that no link needs memory of its own. The id of the last one vouches for
+        all. Only if it does not fit is each link looked at by itself, to name the one that is damaged.
+        """
         while True:
             try:
-                self._decode(id, row, into, depth)
+                if self._apply(chain, into, check=False):
+                    return
+                self._apply(chain, into, check=True)
                 return
-            except FileNotFoundError:
-                pass
-            # Compaction may have moved the record, or a collector removed it, since the lookup. Each
-            # move leads to another pack, so this ends.
-            self._forget(row.pack)
-            with self._index.snapshot() as snapshot:
-                again = snapshot.row(id)
-            if again is None:
-                raise NotFoundError(f"the {row.kind.label} {id.short} was deleted while it was being read")
-            if again.pack == row.pack:
-                path = str(self._layout.pack(row.pack))
-                raise CorruptionError(
-                    f"the pack {path} is missing; it holds the {row.kind.label} {id.short}",
-                    path=path,
-                    offset=row.offset,
-                    id=str(id),
-                )
-            row = again
+            except FileNotFoundError as error:
+                chain = self._moved(chain, str(error.filename))
 
-    def _decode(self, id: ObjectId, row: Row, into: memoryview, depth: int) -> None:
+    def _apply(self, chain: _Chain, into: memoryview, *, check: bool) -> bool:
+        """Decode all links on top of each other; whether the result has its id. With `check` each link's
+        id is compared, and the first that does not fit is a CorruptionError."""
+        for link in reversed(chain):
+            if link.row.raw != len(into):
+                raise CorruptionError(f"the base {link.id.short} of {chain[0].id.short} has another length")
+            try:
+                self._decode(link, into)
+            except CorruptionError:
+                # Bytes of a wrong base need not be decodable as one: whose fault is it?
+                if not check and len(chain) > 1:
+                    return False
+                raise
+            if check and not _fits(link, into):
+                raise CorruptionError(
+                    f"{self._layout.pack(link.row.pack)}: the {link.row.kind.label} {link.id.short} "
+                    f"at {link.row.offset} is damaged",
+                    path=str(self._layout.pack(link.row.pack)),
+                    offset=link.row.offset,
+                    id=str(link.id),
+                )
+        return check or _fits(chain[0], into)
+
+    def _moved(self, chain: _Chain, path: str) -> _Chain:
+        """The chain as it is now that a pack of it is gone.
+
+        Compaction may have moved a record, or a collector removed it, since the lookup. Each move leads to
+        another pack, so asking again ends.
+        """
+        for link in chain:
+            self._forget(link.row.pack)
+        with self._index.snapshot() as snapshot:
+            rows = [snapshot.row(link.id) for link in chain]
+        for link, row in zip(chain, rows, strict=True):
+            if row is None:
+                raise NotFoundError(
+                    f"the {link.row.kind.label} {link.id.short} was deleted while it was being read"
+                )
+            where = str(self._layout.pack(link.row.pack))
+            if where == path and row.pack == link.row.pack:
+                raise CorruptionError(
+                    f"the pack {where} is missing; it holds the {row.kind.label} {link.id.short}",
+                    path=where,
+                    offset=row.offset,
+                    id=str(link.id),
+                )
+        return self._chains([chain[0].id])[chain[0].id]
+
+    def _decode(self, link: Link, into: memoryview) -> None:
+        """Decode one frame into `into`, which holds its base."""
+        id, row = link
         pack = self._pack(row.pack)
         if row.codec == codec.RAW and row.base is None and row.stored == len(into):
-            read = pack.read_into(into, row.offset + HEADER_BYTES)
-            self.bytes_read += read
-        else:
-            header, payload = pack.record(row.offset, row.stored)
-            self.bytes_read += row.stored
-            where = f"{pack.path} at {row.offset}"
-            if header.id != id or header.raw != len(into) or header.base != row.base:
-                raise CorruptionError(
-                    f"{where}: the record is not the one indexed",
-                    path=str(pack.path),
-                    offset=row.offset,
-                    id=str(id),
-                )
-            base = self._base(row.base, depth) if row.base is not None else None
-            codec.decode(header.codec, payload, into, header.element_size, base, where)
-        if (chunk_id(into) if row.kind is Kind.CHUNK else object_id(row.kind, into)) != id:
+            self.bytes_read += pack.read_into(into, row.offset + HEADER_BYTES)
+            return
+        header, payload = pack.record(row.offset, row.stored, _buffers.of)
+        self.bytes_read += row.stored
+        where = f"{pack.path} at {row.offset}"
+        if header.id != id or header.raw != len(into) or header.base != row.base:
             raise CorruptionError(
-                f"{pack.path}: the {row.kind.label} {id.short} at {row.offset} is damaged",
+                f"{where}: the record is not the one indexed",
                 path=str(pack.path),
                 offset=row.offset,
                 id=str(id),
             )
-
-    def _base(self, id: ObjectId, depth: int) -> bytearray:
-        if depth >= MAX_DEPTH:
-            raise CorruptionError(f"the base chain of {id.short} is too long", id=str(id))
-        row = self._rows([id])[id]
-        buffer = bytearray(row.raw)
-        self._fill(id, row, memoryview(buffer), depth + 1)
-        return buffer
+        codec.decode(
+            header.codec, payload, into, header.element_size, None if row.base is None else into, where
+        )
 
     def _pack(self, name: PackName) -> PackFile:
         with self._mutex:
@@ -222,6 +294,11 @@ class Reader:
 
 def _place(row: Row) -> tuple[PackName, int]:
     return row.pack, row.offset
+
+
+def _fits(link: Link, raw: memoryview) -> bool:
+    found = chunk_id(raw) if link.row.kind is Kind.CHUNK else object_id(link.row.kind, raw)
+    return found == link.id
 
 
 def _found(id: ObjectId, row: Row | None) -> Row:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ckptvcs.disk import Disk, Lock, ThreadLock, random_name, usable_cpus
 from ckptvcs.errors import (
@@ -34,6 +34,9 @@ from ckptvcs.store.leases import Lease
 from ckptvcs.store.reader import Reader
 from ckptvcs.store.rebuild import Rebuilt, clear_leftovers, rebuild
 from ckptvcs.store.writer import Writer
+
+if TYPE_CHECKING:
+    from ckptvcs.store.choice import Memory
 
 _LOCK_WAIT: Final = 60.0
 _MOST_THREADS: Final = 4
@@ -63,6 +66,7 @@ class Store:
         self._pool_mutex = ThreadLock()
         self._process = disk.process()
         self._thread = threading.local()
+        self._choices: Memory | None = None
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -302,10 +306,27 @@ class Store:
         """A scope for reading records."""
         return Reader(self.disk, self.layout, self.index, self.grid, self._pool)
 
-    def writer(self) -> Writer:
-        """A scope for writing one commit."""
+    def writer(self, compression: str = "balanced") -> Writer:
+        """A scope for writing one commit, at a compression level (`choice.LEVELS`)."""
         self.format.check("write")
-        return Writer(self.disk, self.layout, self.index, self.grid, self._lease, self._pool, self.threads)
+        # Choosing brings numpy, which looking at a history must not wait for.
+        from ckptvcs.store.choice import LEVELS, Chooser, Memory
+
+        if self._choices is None:
+            self._choices = Memory()
+        reader = self.reader()
+        chooser = Chooser(LEVELS[compression], self._choices, self.index, reader)
+        return Writer(
+            self.disk,
+            self.layout,
+            self.index,
+            self.grid,
+            self._lease,
+            self._pool,
+            self.threads,
+            chooser,
+            reader,
+        )
 
     # -- roots -----------------------------------------------------------------------------------
 

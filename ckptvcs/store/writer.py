@@ -8,11 +8,12 @@ looked up was collected meanwhile, puts the rows, and compares and sets the refs
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, Self
 
 from ckptvcs.disk import Disk
 from ckptvcs.errors import InvalidError, NotFoundError, StorageError
@@ -28,11 +29,15 @@ from ckptvcs.store.format import (
     largest,
     unpack_object,
 )
+from ckptvcs.store.hints import Hint
 from ckptvcs.store.index import Change, Index, PackInfo, Row, Snapshot
 from ckptvcs.store.journal import Move
 from ckptvcs.store.leases import Lease
 from ckptvcs.store.packs import Frame, PackWriter, make_frame
 from ckptvcs.store.reader import Reader
+
+if TYPE_CHECKING:
+    from ckptvcs.store.choice import Chooser
 
 _TASK_BYTES: Final = 4 << 20
 _TASK_PIECES: Final = 256
@@ -61,6 +66,7 @@ class Piece(NamedTuple):
     """One grid cell of a source."""
 
     source: Source
+    hint: Hint
     offset: int
     length: int
 
@@ -72,6 +78,31 @@ class Tally:
     new: int = 0
     reused: int = 0
     stored: int = 0
+
+
+class _Cell(NamedTuple):
+    """A piece that has been hashed. `copy` is memory of its size, filled if `copied`."""
+
+    piece: Piece
+    id: ObjectId
+    copy: memoryview
+    copied: bool
+
+
+class _Memory(threading.local):
+    """What each thread copies the cells of one task into."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def of(self, size: int) -> memoryview:
+        """`size` bytes of any content, until the thread asks again."""
+        if size > len(self._held):
+            self._held = bytearray(size)
+        return memoryview(self._held)[:size]
+
+
+_memory: Final = _Memory()
 
 
 class _Made(NamedTuple):
@@ -121,6 +152,8 @@ class Writer:
         lease: Lease,
         pool: Callable[[], ThreadPoolExecutor],
         threads: int,
+        chooser: Chooser,
+        reader: Reader,
     ) -> None:
         self.grid = grid
         self.tallies: dict[str, Tally] = {}
@@ -129,6 +162,11 @@ class Writer:
         self._index = index
         self._lease = lease
         self._pool = pool
+        self._chooser = chooser
+        self._reader = reader
+        # Sources whose last cell had to be stored, by `id`: the next one is expected to be new as well. It
+        # is copied before it is hashed, so that the copy need not be hashed again to be trusted.
+        self._changing: set[int] = set()
         self._window = 2 * threads + 1
         self._pack: PackWriter | None = None
         self._sealed: list[_Sealed] = []
@@ -156,11 +194,15 @@ class Writer:
             self._section = name
             self._tally = self.tallies.setdefault(name, Tally())
 
-    def put(self, sources: Sequence[Source]) -> list[tuple[ObjectId, ...]]:
+    def put(
+        self, sources: Sequence[Source], hints: Sequence[Hint] | None = None
+    ) -> list[tuple[ObjectId, ...]]:
         """Cut sources by the grid, hash the cells and store those that are new; their ids, in order.
 
         Hashing, lookup and encoding run on the pool; appending happens here, in order.
         """
+        if hints is None:
+            hints = [Hint()] * len(sources)
         ids: list[list[ObjectId]] = [[] for _ in sources]
         waiting: deque[tuple[list[int], Future[list[tuple[ObjectId, Frame | None]]]]] = deque()
 
@@ -171,7 +213,7 @@ class Writer:
                 self._take(id, frame)
 
         try:
-            for owners, pieces in self._tasks(sources):
+            for owners, pieces in self._tasks(sources, hints):
                 if not waiting and sum(p.length for p in pieces) < 1 << 16:
                     # Too little to be worth a thread switch.
                     done: Future[list[tuple[ObjectId, Frame | None]]] = Future()
@@ -189,15 +231,17 @@ class Writer:
             wait([future for _, future in waiting])
         return [tuple(each) for each in ids]
 
-    def _tasks(self, sources: Sequence[Source]) -> Iterator[tuple[list[int], list[Piece]]]:
+    def _tasks(
+        self, sources: Sequence[Source], hints: Sequence[Hint]
+    ) -> Iterator[tuple[list[int], list[Piece]]]:
         owners: list[int] = []
         pieces: list[Piece] = []
         size = 0
-        for owner, source in enumerate(sources):
+        for owner, (source, hint) in enumerate(zip(sources, hints, strict=True)):
             for offset in range(0, source.nbytes, self.grid.chunk):
                 length = min(self.grid.chunk, source.nbytes - offset)
                 owners.append(owner)
-                pieces.append(Piece(source, offset, length))
+                pieces.append(Piece(source, hint, offset, length))
                 size += length
                 if size >= _TASK_BYTES or len(pieces) >= _TASK_PIECES:
                     yield owners, pieces
@@ -206,18 +250,33 @@ class Writer:
             yield owners, pieces
 
     def _prepare(self, pieces: list[Piece]) -> list[tuple[ObjectId, Frame | None]]:
-        raws = [piece.source.read(piece.offset, piece.length) for piece in pieces]
-        ids = [chunk_id(raw) for raw in raws]
-        missing = self._missing(ids)
+        memory = _memory.of(sum(piece.length for piece in pieces))
+        cells: list[_Cell] = []
+        for piece in pieces:
+            raw = piece.source.read(piece.offset, piece.length)
+            copy, memory = memory[: piece.length], memory[piece.length :]
+            copied = id(piece.source) in self._changing
+            if copied:
+                copy[:] = raw
+            cells.append(_Cell(piece, chunk_id(copy if copied else raw), copy, copied))
+        missing = self._missing([cell.id for cell in cells])
         prepared: list[tuple[ObjectId, Frame | None]] = []
-        for piece, raw, id in zip(pieces, raws, ids, strict=True):
-            self._pieces.setdefault(id, piece)
-            if id in missing and id not in self._made:
-                missing.discard(id)
-                prepared.append((id, _chunk_frame(id, raw, piece.source.element_size)))
+        for cell in cells:
+            self._pieces.setdefault(cell.id, cell.piece)
+            if cell.id in missing and cell.id not in self._made:
+                missing.discard(cell.id)
+                self._changing.add(id(cell.piece.source))
+                if not cell.copied:
+                    _copy_checked(cell.piece, cell.id, cell.copy)
+                prepared.append((cell.id, self._encoded(cell.piece, cell.id, cell.copy)))
             else:
-                prepared.append((id, None))
+                self._changing.discard(id(cell.piece.source))
+                prepared.append((cell.id, None))
         return prepared
+
+    def _encoded(self, piece: Piece, id: ObjectId, copy: memoryview) -> Frame:
+        base = piece.hint.base(piece.offset) if piece.hint.base is not None else None
+        return self._chooser.frame(id, copy, piece.source.element_size, piece.hint, base)
 
     def _missing(self, ids: Sequence[ObjectId]) -> set[ObjectId]:
         """Those of the ids that have to be stored: not indexed, or in a pack that is not whole."""
@@ -382,16 +441,15 @@ class Writer:
         """Everything the commit reaches, other commits left out: their rows vouch for theirs."""
         seen = {root}
         waiting = [(Kind.COMMIT, root)]
-        with Reader(self._disk, self._layout, self._index, self.grid, self._pool) as reader:
-            while waiting:
-                kind, id = waiting.pop()
-                made = self._objects.get(id)
-                payload = made[1] if made else reader.objects(kind, [id])[0]
-                for child_kind, child in unpack_object(payload, child_name(kind, id))[0]:
-                    if child_kind is not Kind.COMMIT and child not in seen:
-                        seen.add(child)
-                        if child_kind is not Kind.CHUNK:
-                            waiting.append((child_kind, child))
+        while waiting:
+            kind, id = waiting.pop()
+            made = self._objects.get(id)
+            payload = made[1] if made else self._reader.objects(kind, [id])[0]
+            for child_kind, child in unpack_object(payload, child_name(kind, id))[0]:
+                if child_kind is not Kind.COMMIT and child not in seen:
+                    seen.add(child)
+                    if child_kind is not Kind.CHUNK:
+                        waiting.append((child_kind, child))
         return sorted(seen)
 
     def _write_again(self, id: ObjectId) -> None:
@@ -401,8 +459,10 @@ class Writer:
             self._append(_object_frame(kind, id, payload))
         elif id in self._pieces:
             piece = self._pieces[id]
-            raw = piece.source.read(piece.offset, piece.length)
-            self._append(_chunk_frame(id, raw, piece.source.element_size))
+            copy = memoryview(bytearray(piece.length))
+            _copy_checked(piece, id, copy)
+            # Without a base: this one may be written again because its base is gone.
+            self._append(self._chooser.frame(id, copy, piece.source.element_size, piece.hint, None))
         else:
             raise NotFoundError(
                 f"{id.short} was collected while a commit that reuses it was being made",
@@ -413,6 +473,7 @@ class Writer:
 
     def close(self) -> None:
         """Throw away what was not published."""
+        self._reader.close()
         if self._pack is not None:
             self._pack.abandon()
             self._pack = None
@@ -450,20 +511,18 @@ def child_name(kind: Kind, id: ObjectId) -> str:
     return f"{kind.label} {id.short}"
 
 
-def _chunk_frame(id: ObjectId, raw: Buffer, element_size: int) -> Frame:
-    # Copied, then hashed once more: if another thread changed the tensor since its id was taken, the
-    # record would be unreadable for ever. Better to refuse now.
-    copy = bytes(raw)
+def _copy_checked(piece: Piece, id: ObjectId, copy: memoryview) -> None:
+    """Copy a cell that was hashed where it lies. If another thread changed it since, the record would be
+    unreadable for ever: better to refuse now."""
+    copy[:] = piece.source.read(piece.offset, piece.length)
     if chunk_id(copy) != id:
         raise InvalidError(
             "the state was changed while it was being committed",
             hint="commit between steps, or copy the state first",
             code="state-changed",
         )
-    number, payload = codec.encode(copy, element_size)
-    return make_frame(Kind.CHUNK, id, number, element_size, len(copy), payload)
 
 
 def _object_frame(kind: Kind, id: ObjectId, payload: bytes) -> Frame:
-    number, stored = codec.encode(payload, 1)
+    number, stored = codec.encode(payload)
     return make_frame(kind, id, number, 1, len(payload), stored)

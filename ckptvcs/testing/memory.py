@@ -8,6 +8,7 @@ from ckptvcs.errors import CorruptionError
 from ckptvcs.ids import Kind, ObjectId, chunk_id, object_id
 from ckptvcs.state.interface import Source
 from ckptvcs.store.format import GRIDS, Grid, record_bytes, unpack_object
+from ckptvcs.store.hints import Hint
 
 
 class MemoryStore:
@@ -19,6 +20,7 @@ class MemoryStore:
         added: bytes of new records since the start, as a pack would count them (uncompressed).
         sections: the names given to `section`, in order.
         objects_read, chunks_read: ids asked for since the start, in order.
+        hints: what was said about sources, by their first chunk.
     """
 
     def __init__(self, grid: Grid = GRIDS[1]) -> None:
@@ -28,6 +30,7 @@ class MemoryStore:
         self.sections: list[str] = []
         self.objects_read: list[ObjectId] = []
         self.chunks_read: list[ObjectId] = []
+        self.hints: dict[ObjectId, Hint] = {}
 
     def _add(self, kind: Kind, raw: bytes) -> ObjectId:
         id = object_id(kind, raw)
@@ -39,16 +42,21 @@ class MemoryStore:
             self.added += record_bytes(len(raw), False)
         return id
 
-    def put(self, sources: Sequence[Source]) -> list[tuple[ObjectId, ...]]:
-        """Store chunks."""
+    def put(
+        self, sources: Sequence[Source], hints: Sequence[Hint] | None = None
+    ) -> list[tuple[ObjectId, ...]]:
+        """Store chunks. Hints are kept in `hints`, by the first chunk of their source."""
         step = self.grid.chunk
-        return [
+        found = [
             tuple(
                 self._add(Kind.CHUNK, bytes(source.read(at, min(step, source.nbytes - at))))
                 for at in range(0, source.nbytes, step)
             )
             for source in sources
         ]
+        for ids, hint in zip(found, hints or (), strict=False):
+            self.hints[ids[0]] = hint
+        return found
 
     def put_objects(self, kind: Kind, payloads: Sequence[bytes]) -> list[ObjectId]:
         """Store objects; every reference must be present."""
@@ -65,6 +73,10 @@ class MemoryStore:
             return [self.records[kind, id] for id in ids]
         except KeyError as error:
             raise CorruptionError(f"no such {kind.label}: {error}") from None
+
+    def read_parts(self, wanted: Sequence[tuple[ObjectId, memoryview]]) -> None:
+        """Copy single chunks."""
+        self.read_into([((id,), part) for id, part in wanted])
 
     def read_into(self, requests: Sequence[tuple[Sequence[ObjectId], memoryview]]) -> None:
         """Copy chunks into the buffers."""

@@ -37,7 +37,7 @@ BOTTOM = {
 
 OWNERS = {
     "lmdb": ["store/index.py"],
-    "zstandard": ["store/codec.py"],
+    "zstandard": ["store/entropy.py"],
     "blake3": ["ids.py"],
     "msgpack": ["canonical.py"],
     "ml_dtypes": ["state/tensors.py"],
@@ -45,7 +45,7 @@ OWNERS = {
     "tomlkit": ["config.py"],
     "click": ["cli/"],
     "rich": ["cli/"],
-    "numpy": ["state/"],
+    "numpy": ["state/", "store/planes.py", "store/difference.py", "store/choice.py"],
     "os": ["disk.py"],
     "fcntl": ["disk.py"],
     "mmap": ["disk.py"],

@@ -58,6 +58,14 @@ def test_every_kind_and_operation_is_frozen() -> None:
     assert written == set(Operation.__args__)  # type: ignore[attr-defined]
     headers = [Header.unpack(r, "raw", 0) for r in frozen("records-raw.hex").values()]
     headers += [Header.unpack(r, "zstd", 0) for r in frozen("records-zstd.hex").values()]
+    ways = set()
+    for name, record in frozen("records-numbers.hex").items():
+        if name.endswith(".record"):
+            header = Header.unpack(record, name, 0)
+            ways.add((header.codec, header.element_size))
+    assert ways == {(codec.PLANES, size) for size in (1, 2, 4, 8)} | {
+        (codec.DIFFERENCE, size) for size in (1, 2, 4, 8)
+    }
     plain = {(header.kind, header.codec) for header in headers if header.base is None}
     assert plain == {(kind, number) for kind in Kind for number in (codec.RAW, codec.ZSTD)}
 
@@ -128,6 +136,38 @@ def test_zstd_records_decode(name: str) -> None:
     assert header.codec == codec.ZSTD
     frame = make_frame(kind, object_id(kind, raw), codec.ZSTD, 1, len(raw), payload)
     assert frame.header.pack() == record[:HEADER_BYTES]
+
+
+NUMBERS = frozen("records-numbers.hex")
+
+
+@pytest.mark.parametrize(
+    "name", [name.removesuffix(".record") for name in NUMBERS if name.endswith(".record")]
+)
+def test_number_records_decode(name: str) -> None:
+    """What zstandard made of planes may differ between its versions; what it means may not."""
+    record, raw, base = (NUMBERS.get(f"{name}.{part}") for part in ("record", "raw", "base"))
+    assert record is not None
+    assert raw is not None
+    header = Header.unpack(record, name, 0)
+    assert header.id == object_id(Kind.CHUNK, raw)
+    assert (header.base is None) == (base is None)
+    buffer = bytearray(header.raw) if base is None else bytearray(base)
+    into = memoryview(buffer)
+    codec.decode(
+        header.codec, record[HEADER_BYTES:], into, header.element_size, None if base is None else into, name
+    )
+    assert buffer == raw
+
+
+def test_number_records_are_those_of_the_states_they_were_made_from() -> None:
+    """Every predictor, layout and mode of a plane is frozen."""
+    made = values.number_records()
+    assert made.keys() == NUMBERS.keys()
+    for name, data in NUMBERS.items():
+        if not name.endswith(".record"):
+            assert made[name] == data, name
+    assert values.forms(NUMBERS) == values.forms(made)
 
 
 def check_decodes(record: bytes, raw: bytes | None, name: str) -> None:

@@ -7,9 +7,12 @@ import struct
 import uuid
 from typing import Any, Final
 
+import numpy as np
+
 from ckptvcs.canonical import Tagged
 from ckptvcs.history.commit import encode_commit
-from ckptvcs.ids import Kind, ObjectId, object_id
+from ckptvcs.ids import Kind, ObjectId, chunk_id, object_id
+from ckptvcs.store import codec, difference, planes
 from ckptvcs.store.format import Entry, Format, Header, PackName, pack_footer, pack_object
 from ckptvcs.store.index import Row
 from ckptvcs.store.journal import Drop, Expire, LogEntry, Move, Note, Pin, Status
@@ -182,3 +185,63 @@ def encoded_commit() -> bytes:
         environment={"host": "h"},
         sizes={"model": 10, "": 2},
     )
+
+
+# -- numbers --------------------------------------------------------------------------------------
+
+
+def _words(dtype: str, count: int) -> np.ndarray[Any, Any]:
+    """Numbers that need no generator, the same for ever: a walk over the low bits, and the special values."""
+    kind = np.dtype(dtype)
+    at = np.arange(count, dtype="<u8")
+    mixed = (at * 0x9E3779B97F4A7C15) ^ (at * 0xC2B2AE3D27D4EB4F >> 29)
+    return (mixed >> (64 - 8 * kind.itemsize)).astype(f"<u{kind.itemsize}")
+
+
+def _floats(size: int, count: int) -> np.ndarray[Any, Any]:
+    """Words whose exponents lie close together, with zeros, infinities, NaN and denormals among them."""
+    mantissa = {2: 7, 4: 23, 8: 52}[size]
+    words = _words(f"<u{size}", count)
+    exponent = {2: 120, 4: 120, 8: 1015}[size] + (np.arange(count) % 5)
+    words = (words & ((1 << mantissa) - 1)) | (exponent.astype(words.dtype) << mantissa)
+    top = {2: 255, 4: 255, 8: 2047}[size]
+    special = [0, 1 << (8 * size - 1), 1, top << mantissa, (top << mantissa) + 1, (1 << mantissa) - 1]
+    words[: 6 * 7 : 7] = np.array(special, words.dtype)
+    return words
+
+
+def number_records() -> dict[str, bytes]:
+    """Records of the codecs for numbers, each with its raw bytes and its base: `<name>.<part>`."""
+    made: dict[str, bytes] = {}
+
+    def add(name: str, words: Any, payload: bytes, base: Any = None) -> None:
+        raw = words.tobytes()
+        number = codec.PLANES if base is None else codec.DIFFERENCE
+        base_id = None if base is None else chunk_id(base.tobytes())
+        size = words.dtype.itemsize
+        frame = make_frame(Kind.CHUNK, chunk_id(raw), number, size, len(raw), payload, base_id)
+        made[f"{name}.record"] = frame.header.pack() + payload
+        made[f"{name}.raw"] = raw
+        if base is not None:
+            made[f"{name}.base"] = base.tobytes()
+
+    for size in (1, 2, 4, 8):
+        sparse = np.zeros(300, f"<u{size}")
+        sparse[::20] = _words(f"<u{size}", 15)
+        add(f"sparse-{size}", sparse, planes.encode(sparse))
+        same = np.full(300, 0x7B, f"<u{size}")
+        add(f"constant-{size}", same, planes.encode(same))
+        near = _words(f"<u{size}", 300)
+        add(f"difference-{size}", near + np.uint8(3), difference.encode(near + np.uint8(3), near), near)
+    for name, size in (("bfloat16", 2), ("float32", 4), ("float64", 8)):
+        floats = _floats(size, 300)
+        add(f"bytes-{size}", floats, planes.encode(floats, True, planes.BYTES))
+        add(f"wide-{size}", floats, planes.encode(floats, False, planes.WIDE))
+        kind = difference.format_of(name)
+        add(f"scaled-{size}", floats ^ 1, difference.encode(floats ^ 1, floats, 0.875, kind), floats)
+    return made
+
+
+def forms(records: dict[str, bytes]) -> dict[str, bytes]:
+    """The first bytes of each payload, which say in what way it is stored."""
+    return {name: data[104:106] for name, data in records.items() if name.endswith(".record")}

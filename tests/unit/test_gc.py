@@ -433,10 +433,10 @@ def test_a_reader_follows_records_that_compaction_moved(
     repo.on("side").commit({"a": array(1), "b": array(2, 90_000)})
     repo.commit({"a": array(1), "n": 1})
     repo.delete_branch("side", force=True)
-    plain = Reader._rows
+    plain = Reader._chains
     moved: list[gc.Report] = []
 
-    def rows_then_gc(self: Reader, ids: Any) -> Any:
+    def chains_then_gc(self: Reader, ids: Any) -> Any:
         found = plain(self, ids)
         if not moved and chunk_id(array(1).tobytes()) in found:
             moved.append(gc.Report())
@@ -444,7 +444,7 @@ def test_a_reader_follows_records_that_compaction_moved(
         return found
 
     with Repo.open(folder) as reading:
-        monkeypatch.setattr(Reader, "_rows", rows_then_gc)
+        monkeypatch.setattr(Reader, "_chains", chains_then_gc)
         exact(reading.checkout("main"), {"a": array(1), "n": 1})
     assert moved[0].freed > 90_000
 

@@ -34,6 +34,10 @@ def frame(payload: bytes, kind: Kind = Kind.CHUNK) -> Frame:
     return make_frame(kind, object_id(kind, payload), codec.RAW, 4, len(payload), payload)
 
 
+def memory(size: int) -> memoryview:
+    return memoryview(bytearray(size))
+
+
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
     made = Layout(tmp_path)
@@ -69,7 +73,7 @@ def test_seal_and_read(sealed: tuple[Path, list[Entry]], layout: Layout) -> None
         for entry, payload in zip(entries, PAYLOADS, strict=True):
             header = pack.header(entry.offset)
             assert pack.payload(header, entry.offset) == payload
-            assert pack.record(entry.offset, entry.stored) == (header, payload)
+            assert pack.record(entry.offset, entry.stored, memory) == (header, payload)
             buffer = bytearray(len(payload))
             assert pack.read_into(memoryview(buffer), entry.offset + HEADER_BYTES) == len(payload)
             assert buffer == payload
@@ -118,7 +122,7 @@ def test_the_wrong_place_is_refused(sealed: tuple[Path, list[Entry]]) -> None:
         with pytest.raises(CorruptionError, match="no record header at 5"):
             pack.header(5)
         with pytest.raises(CorruptionError, match="not the one indexed"):
-            pack.record(entries[2].offset, entries[2].stored - 1)
+            pack.record(entries[2].offset, entries[2].stored - 1, memory)
         with pytest.raises(CorruptionError, match="cut short"):
             pack.header(path.stat().st_size - 10)
 
@@ -204,7 +208,7 @@ def test_a_record_longer_than_its_file_is_refused_before_it_is_read(layout: Layo
         with pytest.raises(CorruptionError, match="cut short"):
             pack.payload(pack.header(0), 0)
         with pytest.raises(CorruptionError, match="cut short"):
-            pack.record(0, MAX_RAW)
+            pack.record(0, MAX_RAW, memory)
         assert list(pack.scan()) == []
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
         tracemalloc.stop()

@@ -27,6 +27,7 @@ from ckptvcs.ids import Kind, ObjectId, chunk_id
 from ckptvcs.store import Move, Note, Reader, Store
 from ckptvcs.store.format import MAX_DEPTH, Format, pack_object, unpack_object
 from ckptvcs.store.index import Row
+from ckptvcs.store.reader import Link
 from ckptvcs.testing.codecs import XOR, delta_frame, registered
 from tests.crash.stores import (
     MAIN,
@@ -601,7 +602,7 @@ def test_a_record_moved_by_compaction_while_it_is_read(store: Store) -> None:
     store.layout.pack(row.pack).unlink()
     with store.reader() as reader:
         buffer = bytearray(len(data))
-        reader._fill(chunk_id(data), row, memoryview(buffer))
+        reader._fill((Link(chunk_id(data), row),), memoryview(buffer))
         assert buffer == data
 
 
@@ -613,7 +614,7 @@ def test_deleted_while_it_is_read(store: Store) -> None:
     collect(store, chunk_id(data))
     store.layout.pack(row.pack).unlink()
     with store.reader() as reader, pytest.raises(NotFoundError, match="deleted while it was being read"):
-        reader._fill(chunk_id(data), row, memoryview(bytearray(len(data))))
+        reader._fill((Link(chunk_id(data), row),), memoryview(bytearray(len(data))))
 
 
 # -- base chains ----------------------------------------------------------------------------------
