@@ -1,0 +1,1 @@
+"""Measurements of ckptvcs and its rivals; nothing here is installed with the package."""

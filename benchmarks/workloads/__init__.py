@@ -1,0 +1,1 @@
+"""Real training runs on the CPU, one module per kind; each fills a folder with saves."""
