@@ -1037,7 +1037,7 @@ class Materialiser:
         base: Any = None
         with memory_for(path, nbytes):
             if torch:
-                base, memory = _torch_memory(nbytes)
+                base, memory = _torch_memory(nbytes, zeroed=len(members) > 1)
             elif len(members) == 1:
                 memory = np.empty(nbytes, np.uint8)
             else:
@@ -1075,9 +1075,9 @@ class Materialiser:
         raise CorruptionError(f"a {node.kind} within a state")
 
 
-def _torch_memory(nbytes: int) -> tuple[Any, Raw]:
+def _torch_memory(nbytes: int, *, zeroed: bool) -> tuple[Any, Raw]:
     try:
-        return torch_tensors.allocate(nbytes)
+        return torch_tensors.allocate(nbytes, zeroed)
     except RuntimeError as error:  # torch's way to say so
         raise MemoryError(str(error)) from None
 

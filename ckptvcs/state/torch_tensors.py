@@ -5,9 +5,11 @@ Torch is never imported before the caller did, except to make a torch tensor at 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
+from collections.abc import Hashable
 from typing import Any, Final
 
 import numpy as np
@@ -91,7 +93,8 @@ def why_not(value: Any) -> str | None:
     return None
 
 
-def name_of(thing: object) -> str:
+@functools.cache
+def name_of(thing: Hashable) -> str:
     """A dtype, layout or scheme by its name without "torch."."""
     return str(thing).removeprefix("torch.")
 
@@ -199,10 +202,11 @@ def device(text: str) -> Any:
         raise CorruptionError(f"no torch device is called {text!r}") from None
 
 
-def allocate(nbytes: int) -> tuple[Any, Raw]:
-    """Fresh zeroed torch memory, and the same memory for numpy to fill."""
+def allocate(nbytes: int, zeroed: bool = False) -> tuple[Any, Raw]:
+    """Fresh torch memory, and the same memory for numpy to fill."""
     # Made by torch so that the storage can be resized and freed by torch later.
-    base = require().zeros(nbytes, dtype=require().uint8)
+    torch = require()
+    base = (torch.zeros if zeroed else torch.empty)(nbytes, dtype=torch.uint8)
     return base, _memory(base)
 
 

@@ -73,12 +73,24 @@ def format_of(numbers: str) -> _Float | None:
 # -- encoding -------------------------------------------------------------------------------------
 
 
-def encode(words: Words, base: Words, factor: float | None = None, kind: _Float | None = None) -> bytes:
+def encode(
+    words: Words,
+    base: Words,
+    factor: float | None = None,
+    kind: _Float | None = None,
+    layout: int | None = None,
+) -> Buffer:
     """The words as a difference to the base, or with a factor (`fit`) to the base times it."""
     if factor is None or kind is None:
-        return _HEAD.pack(SAME) + planes.encode(_missed(words, base))
+        return planes.encode(_missed(words, base), layout=layout, prefix=_HEAD.pack(SAME))
     head = _HEAD.pack(SCALED) + _FACTOR.pack(kind.code, factor)
-    return head + planes.encode(_missed(words, _scaled(base, kind, factor)))
+    return planes.encode(_missed(words, _scaled(base, kind, factor)), layout=layout, prefix=head)
+
+
+def layout_of(payload: Buffer) -> int:
+    """The layout of the planes in a payload that `encode` made."""
+    head = _HEAD.size + (_FACTOR.size if payload[0] == SCALED else 0)
+    return planes.layout_of(memoryview(payload)[head:])
 
 
 def _digits(dtype: np.dtype[Any]) -> Any:
@@ -112,7 +124,7 @@ def fit(words: Words, base: Words, kind: _Float) -> float | None:
     return factor if factor != 1.0 and _possible(factor) else None
 
 
-_SAMPLE: Final = 4096
+_SAMPLE: Final = 2048
 _FEWEST: Final = 64
 
 

@@ -24,6 +24,8 @@ from ckptvcs.store.format import (
 )
 
 _BUFFER: Final = 1 << 20
+_STRETCH: Final = 8 << 20
+"""Every so many bytes the disk is told to begin writing, while the next are still being encoded."""
 
 
 class Frame(NamedTuple):
@@ -61,6 +63,7 @@ class PackWriter:
         self._end = 0
         self._waiting: list[Buffer] = []
         self._waiting_bytes = 0
+        self._started = 0
         self._file: WriteFile = disk.create(layout.open_pack(name))
 
     @property
@@ -84,6 +87,9 @@ class PackWriter:
     def _flush(self) -> None:
         self._file.write(self._waiting)
         self._waiting, self._waiting_bytes = [], 0
+        if self._file.size - self._started >= _STRETCH:
+            self._file.start_writeback(self._started, self._file.size - self._started)
+            self._started = self._file.size
 
     def seal(self) -> int:
         """Footer, sync, final name, sync of the folder. Durable on return; gives the file's bytes.

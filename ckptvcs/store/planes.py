@@ -8,6 +8,7 @@ the normative description.
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from collections.abc import Sequence
@@ -38,9 +39,13 @@ WIDE: Final = 1
 """The layout number that keeps low bytes together, where there is one."""
 
 _ROTATED: Final = 0x10
+_HOLES: Final = 0x20
+_BLOCK: Final = 64
+"""Words in a block that is left out when all are zero, as are the moments of embeddings never seen."""
 CONSTANT, RAW, CODED, SPARSE = range(4)
 _HEAD: Final = struct.Struct("<B")
 _PLANE: Final = struct.Struct("<BI")
+_LENGTH: Final = struct.Struct("<I")
 _SPARSE_ABOVE: Final = 3
 """A plane is tried as bitmap and values if less than one byte in so many is not zero."""
 _WORTHWHILE: Final = 0.98
@@ -69,23 +74,67 @@ scratch: Final = Scratch()
 # -- encoding -------------------------------------------------------------------------------------
 
 
-def encode(words: Words, rotated: bool = False, layout: int | None = None) -> bytes:
-    """The words as planes. `rotated` turns each word left by one bit first, so that the exponent of a
-    floating-point number fills its highest byte. The layout is found from the words unless one is given."""
+def encode(words: Words, rotated: bool = False, layout: int | None = None, prefix: bytes = b"") -> memoryview:
+    """The words as planes, behind a prefix. `rotated` turns each word left by one bit first, so that the
+    exponent of a floating-point number fills its highest byte. The layout is found from the words unless one
+    is given."""
     size = words.dtype.itemsize
+    form = _ROTATED if rotated else 0
+    holes: list[Buffer] = []
+    if _has_holes(words):
+        form |= _HOLES
+        words, bitmap = _without_holes(words)
+        holes = [_LENGTH.pack(len(bitmap)), bitmap]
     if layout is None:
-        layout = WIDE if size >= 4 and _low_half_is_noise(words) else BYTES
+        layout = WIDE if size >= 4 and len(words) and _low_half_is_noise(words) else BYTES
     if rotated:
         words = _turned(words)
-    head: list[Buffer] = [_HEAD.pack(layout | (_ROTATED if rotated else 0))]
+    head: list[Buffer] = [prefix, _HEAD.pack(layout | form), *holes]
     data: list[Buffer] = []
     shift = 0
     for width in LAYOUTS[size][layout]:
-        mode, parts = _encode_plane(_plane(words, shift, width))
+        mode, parts = _encode_plane(_plane(words, shift, width)) if len(words) else (RAW, [])
         head.append(_PLANE.pack(mode, sum(map(len, parts))))
         data += parts
         shift += 8 * width
-    return b"".join(head + data)
+    return _joined([b"".join(head), *data])
+
+
+def layout_of(payload: Buffer) -> int:
+    """The layout of a payload that `encode` made without a prefix."""
+    return payload[0] & 0x0F
+
+
+def _joined(parts: Sequence[Buffer]) -> memoryview:
+    """Parts one after another, like `bytes.join`, which would hold the GIL for as long as it copies."""
+    whole = np.empty(sum(map(len, parts)), np.uint8)
+    at = 0
+    for part in parts:
+        np.copyto(whole[at : at + len(part)], np.frombuffer(part, np.uint8))
+        at += len(part)
+    return whole.data
+
+
+def _has_holes(words: Words) -> bool:
+    """Whether many words are zero, told from words all over."""
+    sample = words[:: max(1, len(words) // _FEW)]
+    return int(np.count_nonzero(sample)) * 8 < len(sample) * 7
+
+
+_FEW: Final = 512
+
+
+def _without_holes(words: Words) -> tuple[Words, bytes]:
+    """The words that lie in blocks with anything but zeros, and a bitmap of these blocks."""
+    whole = len(words) // _BLOCK
+    blocks = words[: whole * _BLOCK].reshape(whole, _BLOCK)
+    present = np.bitwise_or.reduce(blocks, axis=1) != 0
+    tail = words[whole * _BLOCK :]
+    count = int(np.count_nonzero(present))
+    kept = scratch.array("kept words", words.dtype, count * _BLOCK + len(tail))
+    np.compress(present, blocks, axis=0, out=kept[: count * _BLOCK].reshape(count, _BLOCK))
+    kept[count * _BLOCK :] = tail
+    return kept, _block(np.packbits(present))
 
 
 def _turned(words: Words) -> Words:
@@ -102,7 +151,7 @@ def _plane(words: Words, shift: int, width: int) -> Words:
     """`width` bytes of each word, from bit `shift` on, side by side."""
     if width == words.dtype.itemsize:
         return words
-    plane = scratch.array("plane", WORD[width], len(words))
+    plane = scratch.array(f"plane {shift}", WORD[width], len(words))
     if shift:
         # Narrowing a shifted copy is several times faster than a strided copy of the bytes.
         shifted = scratch.array("shifted", words.dtype, len(words))
@@ -113,6 +162,7 @@ def _plane(words: Words, shift: int, width: int) -> Words:
 
 
 def _encode_plane(plane: Words) -> tuple[int, Sequence[Buffer]]:
+    """Its mode and its data, which may be its own memory."""
     count, width = len(plane), plane.dtype.itemsize
     first = plane[:1]
     # Most planes differ within their first bytes.
@@ -121,46 +171,55 @@ def _encode_plane(plane: Words) -> tuple[int, Sequence[Buffer]]:
     raw = plane.view(np.uint8).data
     if width == 1:
         there = np.count_nonzero(plane)
-        if there * _SPARSE_ABOVE < count:
+        if count > 4 * _SAMPLE and there * _SPARSE_ABOVE > count and _is_noise(plane):
+            return RAW, [raw]
+        coded = entropy.huffman(raw)
+        # Zeros in runs are found by the coder itself; then bitmap and values would be larger.
+        if there * _SPARSE_ABOVE < count and len(coded) > there:
             sparse = _encode_sparse(plane)
-            coded = entropy.huffman(raw)
-            if sum(map(len, sparse)) < min(len(coded), count):
+            if sum(map(len, sparse)) < len(coded):
                 return SPARSE, sparse
-        elif count > 4 * _SAMPLE and _is_noise(plane):
-            return RAW, [bytes(raw)]
-        else:
-            coded = entropy.huffman(raw)
         if len(coded) < _WORTHWHILE * count:
             return CODED, [coded]
-    return RAW, [bytes(raw)]
+    return RAW, [raw]
 
 
 def _is_noise(plane: Words) -> bool:
-    """Whether coding a plane is not worth trying, told from bytes all over it."""
-    step = len(plane) // _SAMPLE
-    sample = np.ascontiguousarray(plane[::step]) if step > 1 else plane
-    return len(entropy.huffman(sample.data)) > _NOISE * len(sample)
+    """Whether bytes are so evenly frequent that coding them is not worth trying, told from bytes all over.
+
+    The entropy of a sample is an underestimate; Miller and Madow's term corrects it.
+    """
+    sample = plane[:: max(1, len(plane) // _SAMPLE)]
+    counts = np.bincount(sample, minlength=256)
+    counts = counts[counts > 0]
+    bits = math.log2(len(sample)) - float((counts * np.log2(counts)).sum()) / len(sample)
+    return bits + (len(counts) - 1) / (2 * len(sample) * math.log(2)) > _NOISE
 
 
 def _low_half_is_noise(words: Words) -> bool:
     """Whether no byte of the lower half is worth a plane of its own."""
     size = words.dtype.itemsize
-    step = max(1, len(words) // _SAMPLE)
-    sample = words[::step]
+    sample = words[:: max(1, len(words) // _SAMPLE)]
     return all(
         _is_noise((sample >> words.dtype.type(8 * place)).astype(np.uint8)) for place in range(size // 2)
     )
 
 
-_SAMPLE: Final = 8 << 10
-_NOISE: Final = 0.99
+_SAMPLE: Final = 4 << 10
+_NOISE: Final = 7.93
+"""Bits of entropy in a byte."""
+
+
+def copied(raw: Buffer, into: Buffer) -> None:
+    """Copy bytes without holding the GIL."""
+    np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(raw, np.uint8))
 
 
 def _encode_sparse(plane: Words) -> list[Buffer]:
     present = plane != 0
     bitmap = _block(np.packbits(present))
     values = _block(plane[present])
-    return [struct.pack("<I", len(bitmap)), bitmap, values]
+    return [_LENGTH.pack(len(bitmap)), bitmap, values]
 
 
 def _block(numbers: Words) -> bytes:
@@ -190,17 +249,48 @@ def decode(payload: Buffer, into: Words) -> None:
     size = into.dtype.itemsize
     if not len(view):
         raise ValueError("an empty payload")
-    form = view[0]
-    layout, rotated = form & 0x0F, bool(form & _ROTATED)
-    if form & ~(0x0F | _ROTATED) or layout >= len(LAYOUTS[size]):
+    form, layout = view[0], view[0] & 0x0F
+    if form & ~(0x0F | _ROTATED | _HOLES) or layout >= len(LAYOUTS[size]):
         raise ValueError(f"unknown form {form} of {size}-byte numbers")
-    widths = LAYOUTS[size][layout]
-    at = _HEAD.size + _PLANE.size * len(widths)
+    if form & _HOLES:
+        places, rest = _placed(view[_HEAD.size :], len(into))
+        blocks = len(into) // _BLOCK
+        tail = len(into) - blocks * _BLOCK
+        kept = scratch.array("kept words", into.dtype, len(places) * _BLOCK + tail)
+        _decode_words(rest, form, kept)
+        into[: blocks * _BLOCK] = 0
+        into[: blocks * _BLOCK].reshape(blocks, _BLOCK)[places] = kept[: len(kept) - tail].reshape(-1, _BLOCK)
+        into[blocks * _BLOCK :] = kept[len(kept) - tail :]
+    else:
+        _decode_words(view[_HEAD.size :], form, into)
+
+
+def _placed(view: memoryview, count: int) -> tuple[Words, memoryview]:
+    """The numbers of the blocks that are there, and what follows their bitmap."""
+    if len(view) < _LENGTH.size:
+        raise ValueError("the bitmap of blocks is cut short")
+    (length,) = _LENGTH.unpack_from(view)
+    end = _LENGTH.size + length
+    if end > len(view):
+        raise ValueError("the bitmap of blocks is cut short")
+    return _places(view[_LENGTH.size : end], count // _BLOCK), view[end:]
+
+
+def _places(block: memoryview, count: int) -> Words:
+    """Which of `count` bits of a bitmap are set."""
+    bitmap = _unblock(block, (count + 7) // 8)
+    return np.flatnonzero(np.unpackbits(np.frombuffer(bitmap, np.uint8), count=count).view(np.bool_))
+
+
+def _decode_words(view: memoryview, form: int, into: Words) -> None:
+    size = into.dtype.itemsize
+    widths = LAYOUTS[size][form & 0x0F]
+    at = _PLANE.size * len(widths)
     if len(view) < at:
         raise ValueError("the table of planes is cut short")
     planes: list[tuple[int, memoryview]] = []
     for number in range(len(widths)):
-        mode, length = _PLANE.unpack_from(view, _HEAD.size + _PLANE.size * number)
+        mode, length = _PLANE.unpack_from(view, _PLANE.size * number)
         if at + length > len(view):
             raise ValueError("a plane is cut short")
         planes.append((mode, view[at : at + length]))
@@ -208,7 +298,7 @@ def decode(payload: Buffer, into: Words) -> None:
     if at != len(view):
         raise ValueError("bytes behind the last plane")
     _merge(planes, widths, into)
-    if rotated:
+    if form & _ROTATED:
         low = scratch.array("low", into.dtype, len(into))
         np.left_shift(into, 8 * size - 1, out=low)
         np.right_shift(into, 1, out=into)
@@ -260,9 +350,7 @@ def _decode_sparse(data: memoryview, count: int) -> Words:
     length = int.from_bytes(data[:4], "little")
     if 4 + length > len(data):
         raise ValueError("the bitmap of a sparse plane is cut short")
-    bitmap = _unblock(data[4 : 4 + length], (count + 7) // 8)
-    present = np.unpackbits(np.frombuffer(bitmap, np.uint8), count=count).view(np.bool_)
-    places = np.flatnonzero(present)
+    places = _places(data[4 : 4 + length], count)
     values = _unblock(data[4 + length :], len(places))
     plane = scratch.array("plane", np.uint8, count)
     plane[:] = 0

@@ -39,7 +39,7 @@ from ckptvcs.store.reader import Reader
 if TYPE_CHECKING:
     from ckptvcs.store.choice import Chooser
 
-_TASK_BYTES: Final = 4 << 20
+_TASK_BYTES: Final = 2 << 20
 _TASK_PIECES: Final = 256
 _SECTION_BYTES: Final = 8 << 20
 """A component's frames get a pack of their own once the pack before has this many bytes, so that
@@ -164,11 +164,9 @@ class Writer:
         self._pool = pool
         self._chooser = chooser
         self._reader = reader
-        # Sources whose last cell had to be stored, by `id`: the next one is expected to be new as well. It
-        # is copied before it is hashed, so that the copy need not be hashed again to be trusted.
-        self._changing: set[int] = set()
         self._window = 2 * threads + 1
         self._pack: PackWriter | None = None
+        self._full: list[PackWriter] = []
         self._sealed: list[_Sealed] = []
         self._made: dict[ObjectId, _Made] = {}
         self._pieces: dict[ObjectId, Piece] = {}
@@ -190,7 +188,9 @@ class Writer:
         """The frames that follow belong to this top-level component."""
         if name != self._section:
             if self._pack is not None and self._pack.size >= _SECTION_BYTES:
-                self._seal()
+                # Sealed at the end: what the disk writes meanwhile need not be waited for here.
+                self._full.append(self._pack)
+                self._pack = None
             self._section = name
             self._tally = self.tallies.setdefault(name, Tally())
 
@@ -251,13 +251,16 @@ class Writer:
 
     def _prepare(self, pieces: list[Piece]) -> list[tuple[ObjectId, Frame | None]]:
         memory = _memory.of(sum(piece.length for piece in pieces))
+        unchanged = self._chooser.memory.unchanged
         cells: list[_Cell] = []
         for piece in pieces:
             raw = piece.source.read(piece.offset, piece.length)
             copy, memory = memory[: piece.length], memory[piece.length :]
-            copied = id(piece.source) in self._changing
+            # What is expected to be new is copied first and its copy hashed, which need not be hashed again
+            # to be trusted. What is expected to be stored already is hashed where it lies.
+            copied = piece.hint.key is not None and piece.hint.key not in unchanged
             if copied:
-                copy[:] = raw
+                self._chooser.copy(raw, copy)
             cells.append(_Cell(piece, chunk_id(copy if copied else raw), copy, copied))
         missing = self._missing([cell.id for cell in cells])
         prepared: list[tuple[ObjectId, Frame | None]] = []
@@ -265,12 +268,12 @@ class Writer:
             self._pieces.setdefault(cell.id, cell.piece)
             if cell.id in missing and cell.id not in self._made:
                 missing.discard(cell.id)
-                self._changing.add(id(cell.piece.source))
+                unchanged.discard(cell.piece.hint.key)
                 if not cell.copied:
                     _copy_checked(cell.piece, cell.id, cell.copy)
                 prepared.append((cell.id, self._encoded(cell.piece, cell.id, cell.copy)))
             else:
-                self._changing.discard(id(cell.piece.source))
+                unchanged.add(cell.piece.hint.key)
                 prepared.append((cell.id, None))
         return prepared
 
@@ -338,15 +341,17 @@ class Writer:
         return entry
 
     def _seal(self) -> None:
-        pack, self._pack = self._pack, None
-        if pack is None:
-            return
-        try:
-            size = pack.seal()
-        except BaseException:
-            pack.abandon()
-            raise
-        self._sealed.append(_Sealed(pack.name, PackInfo(size, len(pack.entries))))
+        if self._pack is not None:
+            self._full.append(self._pack)
+            self._pack = None
+        while self._full:
+            pack = self._full.pop(0)
+            try:
+                size = pack.seal()
+            except BaseException:
+                pack.abandon()
+                raise
+            self._sealed.append(_Sealed(pack.name, PackInfo(size, len(pack.entries))))
 
     # -- publishing ------------------------------------------------------------------------------
 
@@ -475,8 +480,10 @@ class Writer:
         """Throw away what was not published."""
         self._reader.close()
         if self._pack is not None:
-            self._pack.abandon()
+            self._full.append(self._pack)
             self._pack = None
+        while self._full:
+            self._full.pop().abandon()
         if not self._published:
             for sealed in self._sealed:
                 with contextlib.suppress(OSError, StorageError):
