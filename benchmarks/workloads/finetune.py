@@ -163,16 +163,16 @@ def forks(folder: Path, saves: int) -> dict[str, Any]:
 
 def intervals(folder: Path, saves: int) -> dict[str, Any]:
     """One run, sampled every 20, 200 and 2,000 steps from the same save on."""
-    first = 1000
+    first = 200
     series = {
-        str(gap): [first + gap * i for i in range(count)] for gap, count in ((20, 6), (200, 6), (2000, 4))
+        str(gap): [first + gap * i for i in range(count)] for gap, count in ((20, 6), (200, 6), (2000, 3))
     }
     at = sorted({step for steps in series.values() for step in steps})
     # The rate stays where the warm-up leaves it: a decay would make the late saves look alike.
-    tuning = Tuning(encoder.pretrained(), Pairs(seed=4, size=8, length=32), horizon=None, warm_up=100)
+    tuning = Tuning(encoder.pretrained(), Pairs(seed=4, size=4, length=16), horizon=None, warm_up=100)
     losses = trajectory.train(folder, tuning.step, tuning.state, at)
     return {
-        "about": "An fp32 fine-tune, batches of 8 x 32 tokens, constant rate, saved at three intervals",
+        "about": "An fp32 fine-tune, batches of 4 x 16 tokens, constant rate, saved at three intervals",
         "parameters": trajectory.parameters(tuning.model),
         "seed": 4,
         "steps": at,

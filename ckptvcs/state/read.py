@@ -870,17 +870,43 @@ class Filler:
         """Read everything."""
         resolve(self._reader, [content for content, _ in self._wanted])
         requests: list[tuple[Sequence[ObjectId], memoryview]] = []
-        for content, memory in self._wanted:
+        apart: list[tuple[memoryview, memoryview]] = []
+        for (content, memory), alone in zip(self._wanted, _alone(self._wanted), strict=True):
             if content.inline is not None:
                 memory[:] = content.inline
                 continue
             assert content.chunks is not None
+            if not alone:
+                with memory_for("the state", len(memory)):
+                    apart.append((memory, memoryview(bytearray(len(memory)))))
+                memory = apart[-1][1]
             requests.append((content.chunks, memory))
         if requests:
             self._reader.read_into(requests)
+        for memory, scratch in apart:
+            memory[:] = scratch
         for step in self._after:
             step()
         self._wanted, self._after = [], []
+
+
+def _alone(wanted: Sequence[tuple[Content, memoryview]]) -> list[bool]:
+    """Which buffers share no byte with one that comes before them in memory.
+
+    Chunks are decoded in place by several threads, so two that are read into the same memory (tensors that
+    share it) would spoil each other half way.
+    """
+    alone = [True] * len(wanted)
+    places = [
+        (np.frombuffer(memory, np.uint8).ctypes.data, len(memory), at)
+        for at, (_, memory) in enumerate(wanted)
+        if len(memory)
+    ]
+    end = 0
+    for start, length, at in sorted(places):
+        alone[at] = start >= end
+        end = max(end, start + length)
+    return alone
 
 
 def resolve(reader: ObjectReader, contents: Sequence[Content]) -> None:

@@ -190,7 +190,8 @@ class Chooser:
         based = chunk.base is not None
         remembered = self.memory.ways.get(key) if key is not None else None
         guess: tuple[Way, Buffer | None] | None = None
-        if remembered is not None and remembered.based == based and not self._level.thorough:
+        fits = remembered is not None and len(chunk.raw) % remembered.way.size == 0
+        if remembered is not None and fits and remembered.based == based and not self._level.thorough:
             remembered.uses += 1
             if remembered.uses % _AGAIN:
                 way = remembered.way
@@ -203,6 +204,7 @@ class Chooser:
                     return way, payload
                 guess = way, payload
         way, payload = self._tried(chunk, plain, guess)
+        based = chunk.base is not None  # or it turned out unreadable
         if key is not None:
             self.memory.ways[key] = _Remembered(_settled(way, payload), len(payload) / len(chunk.raw), based)
         return way, payload

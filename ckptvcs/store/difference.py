@@ -114,18 +114,25 @@ def fit(words: Words, base: Words, kind: _Float) -> float | None:
     Rounded to float32, in which all but float64 are multiplied.
     """
     step = max(1, len(words) // _SAMPLE)
-    new, old = _values(words[::step], kind), _values(base[::step], kind)
-    with np.errstate(all="ignore"):
-        ratios = new / old
-    ratios = ratios[np.isfinite(ratios) & (new != 0)]
-    if len(ratios) < _FEWEST:
+    new, old = words[::step], base[::step]
+    usable = _in_range(new, kind) & _in_range(old, kind)
+    if np.count_nonzero(usable) < _FEWEST:
         return None
-    factor = float(np.float32(np.median(ratios)))
+    with np.errstate(all="ignore"):
+        ratios = _values(new[usable], kind) / _values(old[usable], kind)
+        factor = float(np.float32(np.median(ratios)))
     return factor if factor != 1.0 and _possible(factor) else None
 
 
 _SAMPLE: Final = 2048
 _FEWEST: Final = 64
+
+
+def _in_range(words: Words, kind: _Float) -> Any:
+    """Which of the words are numbers that would be multiplied. Denormals are not, so that a factor is the
+    same where they are flushed to zero."""
+    exponents = (words & words.dtype.type(kind.exponent)) - words.dtype.type(kind.lowest)
+    return exponents <= words.dtype.type(kind.highest - kind.lowest)
 
 
 def _possible(factor: float) -> bool:

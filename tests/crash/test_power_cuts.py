@@ -333,6 +333,7 @@ def test_collection(scratch: Path, breadth: dict[str, int], report: Report) -> N
         assert store.update([Move("refs/heads/dead", mixed.id, None)], who="test", why="delete")
         with store.writer() as writer:
             put_commit(writer, [noise(12, 800), noise(13, 800)])
+            writer._seal()
             writer._sealed.clear()  # as if it had died: its packs stay
     with contextlib.closing(open_store(home)) as store:
         planned = collect(store, grace=0, dry_run=True, who="test")

@@ -286,8 +286,8 @@ def test_an_unchanged_commit_stores_one_small_pack(store: Store) -> None:
 def test_nothing_unpublished_stays(store: Store, several_packs: None) -> None:
     with store.writer() as writer:
         put_commit(writer, [noise(1, 500), noise(2, 500), noise(3, 500)])
-        assert len(list(files(store.layout.packs))) == 3
-        assert len(list(files(store.layout.temporary))) == 1
+        assert list(files(store.layout.packs)) == []
+        assert len(list(files(store.layout.temporary))) == 4
     assert packs(store) == {}
     assert list(files(store.layout.temporary)) == []
     assert verify(store) == 0
