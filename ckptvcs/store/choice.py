@@ -47,7 +47,7 @@ class Level(NamedTuple):
 
 LEVELS: Final = {
     "fast": Level(depth=0, gain=0.0, thorough=False),
-    "balanced": Level(depth=1, gain=0.88, thorough=False),
+    "balanced": Level(depth=1, gain=0.9, thorough=False),
     "small": Level(depth=8, gain=0.995, thorough=True),
 }
 
@@ -227,9 +227,11 @@ class Chooser:
             return list(plain)
         sizes = {way: _size_of_sample(chunk, way) for way in plain}
         found = sorted(plain, key=sizes.__getitem__)
-        if chunk.base is not None and found[0].codec == PLANES:
+        planar = next((way for way in found if way.codec == PLANES), None)
+        # Bytes of a file that deflate best are no numbers.
+        if chunk.base is not None and planar is not None and (planar is found[0] or chunk.hint.numbers):
             most = self._level.gain * sizes[found[0]]
-            for way in _difference_ways(found[0].size, chunk.hint.numbers, self._level.thorough):
+            for way in _difference_ways(planar.size, chunk.hint.numbers, self._level.thorough):
                 left = _size_of_sample(chunk, way)
                 if left <= most:
                     found.insert(0, way)
@@ -285,6 +287,7 @@ class Chooser:
         if len(payload) * count <= total:
             self.memory.cycles[base.id] = count + 1, total + len(payload)
             return chunk, way, payload
+        self.memory.cycles.pop(base.id, None)
         above = None
         if base.row.base is not None:
             with self._index.snapshot() as snapshot:

@@ -164,6 +164,8 @@ class Writer:
         self._pool = pool
         self._chooser = chooser
         self._reader = reader
+        # A cell that was expected to be new was stored already, and none was new since.
+        self._standing_still = False
         self._window = 2 * threads + 1
         self._pack: PackWriter | None = None
         self._full: list[PackWriter] = []
@@ -258,7 +260,8 @@ class Writer:
             copy, memory = memory[: piece.length], memory[piece.length :]
             # What is expected to be new is copied first and its copy hashed, which need not be hashed again
             # to be trusted. What is expected to be stored already is hashed where it lies.
-            copied = piece.hint.key is not None and piece.hint.key not in unchanged
+            key = piece.hint.key
+            copied = key is not None and key not in unchanged and not self._standing_still
             if copied:
                 self._chooser.copy(raw, copy)
             cells.append(_Cell(piece, chunk_id(copy if copied else raw), copy, copied))
@@ -269,11 +272,13 @@ class Writer:
             if cell.id in missing and cell.id not in self._made:
                 missing.discard(cell.id)
                 unchanged.discard(cell.piece.hint.key)
+                self._standing_still = False
                 if not cell.copied:
                     _copy_checked(cell.piece, cell.id, cell.copy)
                 prepared.append((cell.id, self._encoded(cell.piece, cell.id, cell.copy)))
             else:
                 unchanged.add(cell.piece.hint.key)
+                self._standing_still = self._standing_still or cell.copied
                 prepared.append((cell.id, None))
         return prepared
 

@@ -84,6 +84,7 @@ def test_planes_of_any_words_come_back(pair: tuple[Array, Array], rotated: bool,
     assert len(payload) <= len(before) + 12 + 20 * size + len(values) // 500
 
 
+@pytest.mark.slow
 @quick
 @given(pairs(), factors)
 def test_differences_of_any_words_come_back(pair: tuple[Array, Array], factor: float | None) -> None:
@@ -109,6 +110,7 @@ def test_any_words_have_a_possible_factor_or_none(pair: tuple[Array, Array]) -> 
         assert factor is None or (2.0**-8 <= factor <= 2.0**8 and factor != 1)
 
 
+@pytest.mark.slow
 @quick
 @given(pairs(), factors, st.data())
 def test_payloads_that_lie_are_refused_or_fill_their_output(

@@ -926,6 +926,31 @@ def test_many_cells_on_the_pool_come_back(place: Path) -> None:
         assert sum(row.depth == 1 for row in rows.values()) > 15
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("level", DEPTHS)
+def test_tensors_that_share_memory_come_back(place: Path, level: str) -> None:
+    """Chunks are decoded in place, by several threads: two of them must not work on the same bytes."""
+    array = weights(1, 5 * MIB // 2)
+    states = []
+    with Repo.init(place, compression=level) as repo:
+        for seed in range(3):
+            array = drifted(array, seed, 1e-5)
+            views = {str(at): array[at:] for at in (0, 1, 17, 1000, MIB // 4, MIB // 2 + 3)}
+            states.append({"base": array, "views": views, "small": array[50:60], "again": array})
+            repo.commit(states[-1])
+        back = repo.checkout()
+        assert np.shares_memory(back["base"], back["views"]["17"])
+        exact(states[-1], back)
+        into = {"base": array.copy()}
+        into |= {"views": {name: into["base"][int(name) :] for name in views}}
+        into |= {"small": into["base"][50:60], "again": into["base"]}
+        into["base"][:] = 0
+        repo.restore(into)
+        exact(into, states[-1])
+        for commit, state in zip(reversed([*repo.log()]), states, strict=True):
+            exact(repo.checkout(commit), state)
+
+
 @pytest.mark.parametrize("level", DEPTHS)
 def test_the_same_states_are_the_same_trees_at_every_level(place: Path, level: str) -> None:
     """How a chunk is stored is no part of what it is."""

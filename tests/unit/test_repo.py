@@ -133,6 +133,23 @@ def test_compression_is_recorded(tmp_path: Path, level: str) -> None:
     assert f'compression = "{level}"' in (tmp_path / "r/.ckpt/config.toml").read_text()
 
 
+def test_a_handle_may_have_a_level_of_its_own(tmp_path: Path) -> None:
+    weights = np.random.default_rng(0).standard_normal(300_000, dtype=np.float32)
+    with Repo.init(tmp_path, compression="fast") as repo:
+        repo.commit({"w": weights})
+    with Repo.open(tmp_path, compression="small") as repo:
+        assert repo.config.get("compression") == "fast"
+        small = repo.commit({"w": weights * np.float32(1.0001)})
+    with Repo.open(tmp_path) as repo:
+        fast = repo.commit({"w": weights * np.float32(1.0002)})
+        assert np.array_equal(repo.checkout(small)["w"], weights * np.float32(1.0001))
+    assert small.report is not None
+    assert fast.report is not None
+    assert small.report.stored < 0.6 * fast.report.stored
+    with pytest.raises(InvalidError, match="compression"):
+        Repo.open(tmp_path, compression="huge")
+
+
 def test_bad_compression_makes_nothing(tmp_path: Path) -> None:
     with pytest.raises(InvalidError, match="huge") as caught:
         Repo.init(tmp_path / "r", compression="huge")
