@@ -78,8 +78,10 @@ def page(results: Results, pictures: Path, relative: str) -> str:
         blocks += ["## Codecs alone", _codecs(results)]
     blocks += ["## The runs", _series(results), "## The tools", _tools(results)]
     method = _METHOD.format(repeats=results.repeats, scratch=results.scratch_mb)
+    if results.notes:
+        blocks += ["## This run", results.notes]
     blocks += ["## Method", method.strip(), "## Machine", _machine(results)]
-    blocks += ["## How to reproduce", _REPRODUCE.format(command=results.command).strip()]
+    blocks += ["## How to reproduce", _REPRODUCE.format(command="\n".join(results.commands)).strip()]
     blocks += ["## Not measured", _NOT_MEASURED.strip()]
     return "\n\n".join(block for block in blocks if block) + "\n"
 

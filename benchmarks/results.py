@@ -14,7 +14,8 @@ class Results:
     def __init__(self, file: Path) -> None:
         found = json.loads(file.read_text())
         self.machine: dict[str, Any] = found["machine"]
-        self.command: str = found["command"]
+        self.commands: list[str] = found["commands"]
+        self.notes: str = found.get("notes", "")
         self.repeats: int = found["repeats"]
         self.scratch_mb: int = found["scratch_mb"]
         self.series: dict[str, dict[str, Any]] = found["series"]

@@ -104,7 +104,10 @@ def main() -> None:
     if options.resume and options.out.exists():
         results = json.loads(options.out.read_text())
     results["machine"] = machine.facts()
-    results["command"] = _command(sys.argv[1:])
+    # Every command that added to the results, in order: with --resume there may be several.
+    commands = results.setdefault("commands", [])
+    if _command(sys.argv[1:]) not in commands:
+        commands.append(_command(sys.argv[1:]))
     results["repeats"], results["scratch_mb"] = options.repeats, options.scratch_mb
     for name, one in chosen.items():
         results["series"][name] = {
@@ -127,7 +130,7 @@ def main() -> None:
             continue
         started = time.perf_counter()
         facts = run_job(what, name, rival, options)
-        results["jobs"][key] = facts
+        results["jobs"][key] = facts | {"revision": results["machine"]["revision"]}
         _write(results, options.out)
         outcome = facts.get("failed", "done")
         print(f"{place}/{len(listed)} {key}: {outcome}, {time.perf_counter() - started:.0f} s", flush=True)
