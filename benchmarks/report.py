@@ -206,8 +206,7 @@ def _depths(results: Results) -> str:
     about = (
         "Level `balanced` with other depths (`python -m benchmarks.depths`): stored over given bytes of all "
         "saves, and medians of paired ratios of a later commit to `torch.save` with fsync, and of a restore "
-        "to `torch.load`. Siblings against one base make depth 1 nearly as small as deep chains, and deeper "
-        "chains make commits and restores slower, so `balanced` goes one step deep."
+        "to `torch.load`. `balanced` goes one step deep: what deeper chains save, commits and restores pay."
     )
     rows = [
         (name, str(each["depth"]), *(_number(each[key], 3 if key == "stored" else 2) for key in columns))

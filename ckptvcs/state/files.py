@@ -27,7 +27,8 @@ from ckptvcs.state import tree as trees
 from ckptvcs.state.build import FileContent, LinkContent
 from ckptvcs.state.build import Folder as StoredFolder
 from ckptvcs.state.interface import ObjectReader
-from ckptvcs.state.read import StoredFile, StoredLink, memory_for, parse_chunk_list
+from ckptvcs.state.materialise import memory_for, parse_chunk_list
+from ckptvcs.state.read import StoredFile, StoredLink
 
 _REPOSITORY: Final = ".ckpt"
 _PERMISSIONS: Final = 0o777

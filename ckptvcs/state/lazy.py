@@ -15,17 +15,8 @@ from ckptvcs.errors import InvalidError, NotFoundError
 from ckptvcs.ids import ObjectId
 from ckptvcs.state import paths, torch_tensors
 from ckptvcs.state.interface import ObjectReader
-from ckptvcs.state.read import (
-    Branch,
-    Compound,
-    Loader,
-    Stored,
-    StoredTensor,
-    check_framework,
-    memory_for,
-    resolve,
-    target_spec,
-)
+from ckptvcs.state.materialise import check_framework, memory_for, resolve, target_spec
+from ckptvcs.state.read import Branch, Compound, Loader, Stored, StoredTensor
 from ckptvcs.state.tensors import Place, Raw, Spec, c_strides, raw_dtype, restore_numpy, swap
 
 Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]"

@@ -29,16 +29,8 @@ from ckptvcs.errors import InvalidError, NotFoundError, StateMismatchError
 from ckptvcs.ids import ObjectId
 from ckptvcs.state import paths, torch_tensors, tree, values
 from ckptvcs.state.interface import ObjectReader
-from ckptvcs.state.read import (
-    Branch,
-    Compound,
-    Materialiser,
-    Stored,
-    StoredBlob,
-    StoredLeaf,
-    StoredTensor,
-    StoredTorch,
-)
+from ckptvcs.state.materialise import Materialiser
+from ckptvcs.state.read import Branch, Compound, Stored, StoredBlob, StoredLeaf, StoredTensor, StoredTorch
 from ckptvcs.state.tensors import SHARED_NAMES, Raw, Spec, capture
 
 _Set: TypeAlias = Callable[[Any], None]

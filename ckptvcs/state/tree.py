@@ -18,13 +18,12 @@ from ckptvcs.state import codes, paths
 from ckptvcs.state.bases import Bases, Held
 from ckptvcs.state.build import FILES, MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent, Place
 from ckptvcs.state.interface import ObjectReader, ObjectWriter, Source
+from ckptvcs.state.materialise import Devices, Materialiser, resolve
 from ckptvcs.state.nodes import Content, Context, Node, Trees
 from ckptvcs.state.read import (
     Branch,
     Compound,
-    Devices,
     Loader,
-    Materialiser,
     Stored,
     StoredBlob,
     StoredFile,
@@ -32,7 +31,6 @@ from ckptvcs.state.read import (
     StoredLink,
     StoredTensor,
     StoredTorch,
-    resolve,
 )
 from ckptvcs.store.hints import Hint
 

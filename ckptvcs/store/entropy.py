@@ -3,7 +3,7 @@
 Two settings: plain zstandard for bytes in which strings repeat (objects, opaque files), and zstandard tuned
 to be a Huffman coder for planes of numbers, in which bytes are unevenly frequent but do not repeat as
 strings: a short window, long minimal matches and no acceleration leave nearly everything to the Huffman
-stage, which is smaller and about three times faster than level 1 there (docs/benchmarks.md).
+stage, which is smaller and about three times faster than level 1 there (decision 10).
 
 Compressors and decompressors are not thread-safe, so each thread has its own. All release the GIL.
 """

@@ -18,6 +18,7 @@ from ckptvcs.ids import Kind, ObjectId, chunk_id, object_id
 from ckptvcs.store import codec
 from ckptvcs.store.format import HEADER_BYTES, MAX_DEPTH, Grid, Layout, PackName
 from ckptvcs.store.index import Index, Row
+from ckptvcs.store.memory import Reused
 from ckptvcs.store.packs import PackFile
 
 _OPEN_FILES: Final = 64
@@ -36,23 +37,8 @@ _Chain: TypeAlias = tuple[Link, ...]
 """A record and those below it, down to a plain one."""
 
 
-class _Buffers(threading.local):
-    """Memory that each thread reads stored frames into, again and again."""
-
-    def __init__(self) -> None:
-        self._held = bytearray(1 << 20)
-
-    def of(self, size: int) -> memoryview:
-        """`size` bytes of any content, until the thread asks again."""
-        if size > _HELD:
-            return memoryview(bytearray(size))
-        if size > len(self._held):
-            self._held = bytearray(_HELD)
-        return memoryview(self._held)[:size]
-
-
-_HELD: Final = 2 << 20
-_buffers: Final = _Buffers()
+_buffers: Final = Reused()
+"""What each thread reads stored frames into."""
 
 
 class Reader:

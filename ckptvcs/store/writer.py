@@ -8,7 +8,6 @@ looked up was collected meanwhile, puts the rows, and compares and sets the refs
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -33,6 +32,7 @@ from ckptvcs.store.hints import Hint
 from ckptvcs.store.index import Change, Index, PackInfo, Row, Snapshot
 from ckptvcs.store.journal import Move
 from ckptvcs.store.leases import Lease
+from ckptvcs.store.memory import Reused
 from ckptvcs.store.packs import Frame, PackWriter, make_frame
 from ckptvcs.store.reader import Reader
 
@@ -89,20 +89,8 @@ class _Cell(NamedTuple):
     copied: bool
 
 
-class _Memory(threading.local):
-    """What each thread copies the cells of one task into."""
-
-    def __init__(self) -> None:
-        self._held = bytearray()
-
-    def of(self, size: int) -> memoryview:
-        """`size` bytes of any content, until the thread asks again."""
-        if size > len(self._held):
-            self._held = bytearray(size)
-        return memoryview(self._held)[:size]
-
-
-_memory: Final = _Memory()
+_memory: Final = Reused()
+"""What each thread copies the cells of one task into."""
 
 
 class _Made(NamedTuple):

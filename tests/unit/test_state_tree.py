@@ -493,8 +493,8 @@ def test_too_little_memory_is_no_bare_error(monkeypatch, kind):
     store = MemoryStore()
     written = tree.write(store, state)
     monkeypatch.setattr("ckptvcs.state.torch_tensors.allocate", full)
-    monkeypatch.setattr("ckptvcs.state.read.np.empty", full)
-    monkeypatch.setattr("ckptvcs.state.read.bytearray", full, raising=False)
+    monkeypatch.setattr("ckptvcs.state.materialise.np.empty", full)
+    monkeypatch.setattr("ckptvcs.state.materialise.bytearray", full, raising=False)
     with pytest.raises(StorageError, match=r"a: not enough memory for \d+ bytes"):
         tree.read(store, written.tree)
 
