@@ -22,6 +22,7 @@ LAYERS = (
     {"maintenance"},
     {"opening"},
     {"repo"},
+    {"training"},
     {"cli"},
 )
 """From the bottom up; a layer may import itself and what is below it."""
