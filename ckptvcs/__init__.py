@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ckptvcs.background import PendingCommit
     from ckptvcs.errors import (
         AmbiguousError,
         CkptError,
@@ -50,6 +51,7 @@ __all__ = [
     "NoRepositoryError",
     "NotFoundError",
     "ObjectId",
+    "PendingCommit",
     "Repo",
     "Restored",
     "StateMismatchError",
@@ -60,6 +62,7 @@ __all__ = [
 _HOMES = {
     "Commit": "ckptvcs.history.commit",
     "ObjectId": "ckptvcs.ids",
+    "PendingCommit": "ckptvcs.background",
     "Repo": "ckptvcs.repo",
     "Restored": "ckptvcs.repo",
 }

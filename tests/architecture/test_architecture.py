@@ -15,13 +15,15 @@ import ckptvcs
 PACKAGE = Path(ckptvcs.__file__).parent
 
 LAYERS = (
-    {"errors", "ids", "canonical", "disk", "config"},
+    {"errors", "ids", "canonical", "disk", "companion", "config"},
     {"store"},
     {"state"},
     {"history"},  # may import state; state never imports it
     {"maintenance"},
     {"opening"},
+    {"background"},
     {"repo"},
+    {"saver"},  # runs in a process of its own, which `background` starts by this name
     {"cli"},
 )
 """From the bottom up; a layer may import itself and what is below it."""
@@ -31,6 +33,7 @@ BOTTOM = {
     "ids": set[str](),
     "canonical": {"ids"},
     "disk": {"errors", "ids"},
+    "companion": {"errors"},
     "config": {"errors"},
 }
 """What the modules of the lowest layer may import of each other."""
@@ -46,11 +49,14 @@ OWNERS = {
     "click": ["cli/"],
     "rich": ["cli/"],
     "numpy": ["state/", "store/planes.py", "store/difference.py", "store/choice.py"],
-    "os": ["disk.py"],
+    "os": ["disk.py", "companion.py"],  # files; processes and the memory they share
     "fcntl": ["disk.py"],
-    "mmap": ["disk.py"],
+    "mmap": ["disk.py", "companion.py"],
     "shutil": ["disk.py", "cli/output.py"],  # there for the width of the terminal
-    "tempfile": ["disk.py"],
+    "tempfile": ["disk.py", "companion.py"],
+    "subprocess": ["companion.py", "history/environment.py"],  # there to ask git
+    "socket": ["companion.py"],
+    "signal": ["companion.py"],
     "hypothesis": ["testing/strategies.py"],
 }
 """Each library and each door to the operating system has one owner; `testing` doubles those doors."""
@@ -71,6 +77,7 @@ PUBLIC = [
     "NoRepositoryError",
     "NotFoundError",
     "ObjectId",
+    "PendingCommit",
     "Repo",
     "Restored",
     "StateMismatchError",
@@ -302,7 +309,7 @@ def test_public_names() -> None:
 
 def test_the_methods_of_a_repository_are_those_promised() -> None:
     promised = ["init", "open", "on", "close", "commit", "checkout", "restore", "resolve", "log", "branch"]
-    promised += ["branches", "delete_branch", "tag", "gc", "fsck"]
+    promised += ["commit_async", "branches", "delete_branch", "tag", "gc", "fsck"]
     assert set(promised) <= set(dir(ckptvcs.Repo))
 
 
