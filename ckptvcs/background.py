@@ -294,6 +294,7 @@ def commit_of(answer: Mapping[str, Any], fields: Mapping[str, Any]) -> Commit:
     """The commit of an answer, with the fields the trainer gave it. Raises what the writer met instead."""
     if "error" in answer:
         raise revived(answer["error"])
+    given, new, reused, stored, seconds = answer["report"]
     components = {name: Component(*numbers) for name, numbers in answer["components"].items()}
     return Commit(
         id=ObjectId(answer["id"]),
@@ -301,7 +302,7 @@ def commit_of(answer: Mapping[str, Any], fields: Mapping[str, Any]) -> Commit:
         parents=tuple(map(ObjectId, answer["parents"])),
         origin=None if answer["origin"] is None else ObjectId(answer["origin"]),
         sizes=answer["sizes"],
-        report=CommitReport(*answer["report"], components=components),
+        report=CommitReport(given, new, reused, stored, seconds, components),
         **fields,
     )
 

@@ -400,15 +400,15 @@ class Repo:
         or else by the next commit of this handle, or by `close`; if the program ends before any of them,
         it is logged and the exit status is 120. CkptError (code `writer-lost`) if the writer process died.
         """
+        shared = self._open_shared()
+        store = shared.store
+        begun = store.disk.seconds()
         from ckptvcs.background import Background
         from ckptvcs.state import files as file_trees
         from ckptvcs.state import tree as state_trees
         from ckptvcs.state.distributed import refuse_on_other_ranks
         from ckptvcs.state.paths import matcher
 
-        shared = self._open_shared()
-        store = shared.store
-        begun = store.disk.seconds()
         refuse_on_other_ranks()
         if when_busy not in ("wait", "skip"):
             raise InvalidError(f"when_busy is {when_busy!r}", hint="'wait' or 'skip'")
