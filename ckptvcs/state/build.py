@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -107,8 +107,10 @@ class Builder:
         sizes: logical bytes by component.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, frozen: Callable[[str], bool] | None = None) -> None:
+        """`frozen` says by path which torch tensors carry a witness."""
         self._grid = grid
+        self._frozen = frozen
         # Keys and set elements are never split.
         self._flat = dataclasses.replace(grid, subtree=1 << 62)
         self._errors: list[tuple[str, str]] = []
@@ -409,9 +411,9 @@ class Builder:
     def _memmap(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         return self._array(value, trail, in_key)
 
-    def _tensor(self, trail: _Trail, spec: Spec, raw: Raw) -> TensorNode:
+    def _tensor(self, trail: _Trail, spec: Spec, raw: Raw, witness: Hashable = None) -> TensorNode:
         size = unit(spec.dtype, spec.item)
-        sources = [ArraySource(raw, size, spec.swap)]
+        sources = [ArraySource(raw, size, spec.swap, witness)]
         node = TensorNode(spec, self._content(spec.nbytes, sources, trail, spec.dtype, spec.shape))
         self._tensors.append((node, raw))
         return node
@@ -430,7 +432,9 @@ class Builder:
             name, scheme, flags, axis, parts = quantized
             head = [name, scheme, flags, axis]
             return Tag(codes.QUANTIZED, [*self._fields(head), self._parts(parts, trail)])
-        return self._tensor(trail, *self._captures.dense(value))
+        frozen = self._frozen is not None and self._frozen(_path(trail))
+        witness = torch_tensors.witness(value) if frozen else None
+        return self._tensor(trail, *self._captures.dense(value), witness)
 
     def _fields(self, fields: Sequence[Any]) -> list[Node]:
         return [Leaf(encode(field)) for field in fields]
