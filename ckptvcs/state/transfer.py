@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ckptvcs.ids import Buffer
 from ckptvcs.state.build import Place
-from ckptvcs.state.nodes import Content, Data, Leaf, ListNode, MapNode, Node, Tag
+from ckptvcs.state.nodes import Content, Data, Deferred, Leaf, ListNode, MapNode, Node, Tag
 from ckptvcs.state.staging import Spot
 from ckptvcs.state.tensors import BytesSource
 from ckptvcs.state.tree import Prepared, refuse_deep
@@ -44,6 +44,8 @@ def plain(prepared: Prepared, spots: Sequence[Spot]) -> dict[str, Any]:
 
 
 def _write(node: Node, numbers: dict[int, int], out: list[Any]) -> None:
+    while isinstance(node, Deferred):
+        node = node.node
     if isinstance(node, Leaf):
         out.append([node.encoded] if node.number else node.encoded)
     elif isinstance(node, Data):

@@ -20,12 +20,15 @@ from ckptvcs.training import preemption as preemptions
 from ckptvcs.training import retention
 from ckptvcs.training.interval import Planner, Schedule, in_time, schedule_of, seconds_between
 from ckptvcs.training.monitor import Monitor
-from ckptvcs.training.preemption import Preemption
+from ckptvcs.training.preemption import Preemption, Signals
 from ckptvcs.training.ranks import Flags, Ranks
 from ckptvcs.training.saving import Saved, Saver, Wanted
 
 RETRY: Final = 60.0
 """Seconds after a failed save until it is tried again, if nothing makes it due before."""
+
+_in_use: Final[weakref.WeakSet[Claim]] = weakref.WeakSet()
+"""Claims under which an Autosave saves. A second one on the same branch is refused, in this process too."""
 
 _log = logging.getLogger("ckptvcs")
 
@@ -128,6 +131,7 @@ class Autosave:
         self._saved_step: int | None = None
         self._given = False
         self._claim: Claim | None = None
+        self._uses: Claim | None = None
         self._exit: Callable[[], None] | None = None
         watched = preemptions.checked(preemptions.DEFAULT if signals is None else signals)
         self._ranks = Ranks(agree=agree)
@@ -141,8 +145,8 @@ class Autosave:
                 if self._ranks.agreeing:
                     self._look()
                 if self._writes:
-                    self._claim = repo.claim(steal=steal)
                     repo.check_commit(None if self._ranks.agreeing else state, config=config)
+                    self._take_claim(repo, steal=steal)
                     if monitor is not None:
                         self._monitor = _monitor(repo, monitor, mode, patience, float(min_delta))
         except BaseException:
@@ -183,6 +187,13 @@ class Autosave:
             raise CkptError("Autosave failed on another rank, which says why", code="wrong-rank")
         if failed is not None:
             raise failed
+
+    def _take_claim(self, repo: Repo, *, steal: bool) -> None:
+        held = repo.claimed
+        if held is None or held in _in_use:
+            self._claim = held = repo.claim(steal=steal)
+        self._uses = held  # the caller's own, from before the state was restored, stays theirs
+        _in_use.add(held)
 
     def _resume(self) -> None:
         """Go on from what the restored commit and those before it say."""
@@ -304,7 +315,7 @@ class Autosave:
             raise CkptError("saving failed on rank 0, which says why", code="wrong-rank")
         self.should_stop = bool(agreed.stop)
         if agreed.signal:
-            self._end(preemptions.Signals(agreed.signal), wanted)
+            self._end(Signals(agreed.signal), wanted)
         elif agreed.save:
             self._save(wanted, why or "")
             if self._ranks.size == 1 and self._preemption.noted is not None:  # it came while we saved
@@ -528,6 +539,8 @@ class Autosave:
         self._closed = True
         self._preemption.close()
         self._ranks.close()
+        if self._uses is not None:
+            _in_use.discard(self._uses)
         if self._claim is not None:
             self._claim.release()
         if self._exit is not None:

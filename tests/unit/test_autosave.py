@@ -605,6 +605,27 @@ def test_a_stolen_branch_is_noticed(place: Path, repo: Repo) -> None:
         Autosave(other, theirs, every=1, blocking=True).close()  # and its end frees nothing of others
 
 
+def test_claiming_before_restoring(place: Path, repo: Repo) -> None:
+    """So that a job that saves all the time can be taken over from."""
+    state, theirs = new_state(), new_state()
+    first = Autosave(repo, state, every=1, blocking=True)
+    go_on(first, state, 3)
+    with Repo.open(place) as other:
+        claim = other.claim(steal=True)
+        assert other.restore(theirs).step == 3
+        with Autosave(other, theirs, every=1) as save:
+            go_on(save, theirs, 2)
+            with pytest.raises(LockedError, match="by this process"):  # one is enough
+                Autosave(other, theirs, every=1)
+        assert claim.held  # it is the caller's
+        with Autosave(other, theirs, every=1):
+            pass
+        claim.release()
+        assert steps(other) == [1, 2, 3, 4, 5]
+    with pytest.raises(LockedError):
+        go_on(first, state, 1)
+
+
 def test_a_closed_autosave(repo: Repo) -> None:
     save = Autosave(repo, new_state(), every=1)
     save.close()
