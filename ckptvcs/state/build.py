@@ -14,8 +14,21 @@ import numpy as np
 from ckptvcs.canonical import Tagged, encode
 from ckptvcs.errors import UnsupportedStateError
 from ckptvcs.state import codes, paths, torch_tensors, values
+from ckptvcs.state.bases import INSIDE
 from ckptvcs.state.interface import Source
-from ckptvcs.state.nodes import Content, Context, Data, Leaf, ListNode, MapNode, Node, Tag, TensorNode
+from ckptvcs.state.nodes import (
+    Content,
+    Context,
+    Data,
+    Leaf,
+    ListNode,
+    MapNode,
+    Node,
+    Row,
+    Tag,
+    TensorFile,
+    TensorNode,
+)
 from ckptvcs.state.tensors import (
     ArraySource,
     BytesSource,
@@ -44,6 +57,24 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+class TensorContent(NamedTuple):
+    """A tensor in a file that is to be stored.
+
+    Attributes:
+        name: its path in the file.
+        before: how many bytes of the file's rest come between it and the tensor before it.
+        spec: dtype, shape, flags.
+        order: the order of its dimensions in the file if that is not C order.
+        source: its bytes in C order and little endian, at least one.
+    """
+
+    name: str
+    before: int
+    spec: Spec
+    order: list[int] | None
+    source: Source
+
+
 @dataclass(frozen=True, slots=True)
 class FileContent:
     """A file to be stored.
@@ -53,7 +84,9 @@ class FileContent:
         mode: permission bits.
         digest: BLAKE3 of the whole file.
         splitter: 0 if the grid cuts it, else the id of the splitter that made `sources`.
-        sources: its bytes; each is cut by the grid in turn.
+        sources: its bytes; each is cut by the grid in turn. If it holds tensors: the bytes of the rest.
+        format: what it is, as people call it, if it holds tensors.
+        tensors: its tensors, in the order of their bytes. Then `splitter` is 0.
     """
 
     size: int
@@ -61,6 +94,8 @@ class FileContent:
     digest: bytes
     splitter: int
     sources: Sequence[Source]
+    format: str = ""
+    tensors: Sequence[TensorContent] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +106,6 @@ class LinkContent:
 
 
 Folder: TypeAlias = "Mapping[str, FileContent | LinkContent | Folder]"
-
-FILES: Final = paths.name("")
-"""The first component of every path of content in files, which keeps it apart from nearly every state's."""
 
 _Trail: TypeAlias = "tuple[Any, object] | None"
 _IN_FILES: Final[_Trail] = (None, "")
@@ -134,10 +166,26 @@ class Builder:
         trail = (trail, name)
         if isinstance(entry, LinkContent):
             return Leaf(encode(Tagged(codes.LINK, encode(entry.target))))
+        if isinstance(entry, FileContent) and entry.tensors:
+            return self._tensor_file(entry, trail)
         if isinstance(entry, FileContent):
             fields = [encode(field) for field in (entry.size, entry.mode, entry.digest, entry.splitter)]
             return Data(codes.FILE, fields, self._content(entry.size, entry.sources, trail))
         return MapNode([(encode(key), self._file(key, below, trail)) for key, below in entry.items()])
+
+    def _tensor_file(self, entry: FileContent, trail: _Trail) -> Node:
+        fields = [encode(field) for field in (entry.size, entry.mode, entry.digest, entry.format)]
+        rest = entry.size - sum(tensor.spec.nbytes for tensor in entry.tensors)
+        content = self._content(rest, entry.sources, trail)
+        found: list[tuple[bytes, Node]] = []
+        for name, before, spec, order, source in entry.tensors:
+            self._counted(None)
+            node = TensorNode(
+                spec, self._content(spec.nbytes, [source], trail, spec.dtype, spec.shape, INSIDE + name)
+            )
+            node.set_layout(order, None)
+            found.append((encode(name), Row([Leaf(encode(before)), node])))
+        return TensorFile(fields, content, MapNode(found))
 
     def _enter(self, component: str) -> None:
         self._component = component
@@ -151,10 +199,11 @@ class Builder:
         trail: _Trail,
         dtype: str = "",
         shape: tuple[int, ...] = (),
+        inside: str = "",
     ) -> Content:
         content = Content(nbytes, sources, self._grid)
         if content.inline is None:
-            place = Place(_path(trail), dtype, shape)
+            place = Place(_path(trail) + inside, dtype, shape)
             self.contents.setdefault(self._component, []).append((place, content))
         self.sizes[self._component] = self.sizes.get(self._component, 0) + nbytes
         return content

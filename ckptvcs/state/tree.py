@@ -15,8 +15,8 @@ from ckptvcs.canonical import encode, encoded_map, encoded_tag
 from ckptvcs.errors import NotFoundError, UnsupportedStateError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.state import codes, paths
-from ckptvcs.state.bases import Bases, Held
-from ckptvcs.state.build import FILES, MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent, Place
+from ckptvcs.state.bases import FILES, INSIDE, Bases, Held, alike
+from ckptvcs.state.build import MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent, Place
 from ckptvcs.state.interface import ObjectReader, ObjectWriter, Source
 from ckptvcs.state.materialise import Devices, Materialiser, resolve
 from ckptvcs.state.nodes import Content, Context, Node, Trees
@@ -157,7 +157,7 @@ def _hint(place: Place, bases: Bases | None, cell: int) -> Hint:
         chunks = () if bases is None else bases.find(*place)
         return chunks[offset // cell] if offset // cell < len(chunks) else None
 
-    return Hint(place, place.dtype, base)
+    return Hint(place._replace(path=alike(place.path)), place.dtype, base)
 
 
 @refuse_deep
@@ -183,6 +183,8 @@ def _list_contents(path: str, node: Stored, found: list[tuple[Place, Stored]]) -
         found.append((Place(path, node.spec.dtype, node.spec.shape), node))
     elif isinstance(node, (StoredBlob, StoredFile)):
         found.append((Place(path, "", ()), node))
+        for each in node.tensors if isinstance(node, StoredFile) else ():
+            _list_contents(path + INSIDE + each.name, each.tensor, found)
     elif isinstance(node, Branch):
         for key, child in zip(node.keys, node.children, strict=True):
             _list_contents(paths.join(path, paths.name(key)), child, found)
