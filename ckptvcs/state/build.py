@@ -12,14 +12,15 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 
 from ckptvcs.canonical import Tagged, encode
-from ckptvcs.errors import UnsupportedStateError
-from ckptvcs.state import codes, paths, torch_tensors, values
+from ckptvcs.errors import InvalidError, UnsupportedStateError
+from ckptvcs.state import codes, generators, paths, torch_tensors, values
 from ckptvcs.state.bases import INSIDE
-from ckptvcs.state.interface import Source
+from ckptvcs.state.interface import Source, is_last
 from ckptvcs.state.nodes import (
     Content,
     Context,
     Data,
+    Deferred,
     Leaf,
     ListNode,
     MapNode,
@@ -141,6 +142,8 @@ class Builder:
         # seem to share it. Raw views keep their memory alive on their own, for as long as sources last.
         self._kept: list[Any] = []
         self._captures = torch_tensors.Captures()
+        # Random generators and what else has to be seen last: `state_dict()` of an object may draw numbers.
+        self._later: list[Callable[[], None]] = []
         self.contents: dict[str, list[tuple[Place, Content]]] = {}
         self.sizes: dict[str, int] = {}
         self._component = ""
@@ -148,6 +151,8 @@ class Builder:
     def state(self, value: Any) -> Node:
         """The node of a whole state. UnsupportedStateError lists every leaf that cannot be stored."""
         node = self._node(value, None, 0)
+        for look in self._later:
+            look()
         if self._errors:
             raise UnsupportedStateError(self._errors)
         aliases = find_aliases([(node.spec.framework, raw) for node, raw in self._tensors])
@@ -294,6 +299,28 @@ class Builder:
         code, plain = torch_tensors.leaf(value) or (0, None)
         return self._leaf(encode(Tagged(code, encode(plain))))
 
+    def _random(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        if in_key:
+            return self._refuse(trail, "generator as a key or in a set")
+
+        def look() -> Node:
+            try:
+                return self._leaf(generators.leaf(value))
+            except InvalidError as error:
+                return self._refuse(trail, str(error))
+
+        return self._deferred(look)
+
+    def _deferred(self, look: Callable[[], Node]) -> Node:
+        place, component = Deferred(), self._component
+
+        def fill() -> None:
+            self._component = component
+            place.node = look()
+
+        self._later.append(fill)
+        return place
+
     # -- containers -------------------------------------------------------------------------------
 
     def _items(self, value: Iterable[Any], trail: _Trail, depth: int, in_key: bool) -> ListNode:
@@ -392,6 +419,11 @@ class Builder:
         if in_key:
             return self._refuse(trail, f"{type(value).__name__} as a key or in a set")
         torch_tensors.refuse_sharded(value)
+        if is_last(value):
+            return self._deferred(lambda: self._expanded(value, trail, depth))
+        return self._expanded(value, trail, depth)
+
+    def _expanded(self, value: Any, trail: _Trail, depth: int) -> Node:
         expanded = value.state_dict()
         self._kept.append(expanded)
         # The object's own trail: its tree is the tree of the dict, whatever made it.
@@ -458,14 +490,18 @@ class Builder:
         )
 
     def _generator(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
-        device, state = torch_tensors.generator_state(value) or ("", None)
         if in_key:
             return self._refuse(trail, "generator as a key or in a set")
-        self._kept.append(state)
-        return Tag(
-            codes.TORCH_GENERATOR,
-            [self._leaf(encode(device)), self._tensor((trail, "state"), *self._captures.dense(state))],
-        )
+
+        def look() -> Node:
+            device, state = torch_tensors.generator_state(value) or ("", None)
+            self._kept.append(state)
+            return Tag(
+                codes.TORCH_GENERATOR,
+                [self._leaf(encode(device)), self._tensor((trail, "state"), *self._captures.dense(state))],
+            )
+
+        return self._deferred(look)
 
 
 _Handler: TypeAlias = Callable[[Builder, Any, _Trail, int, bool], Node]
@@ -517,6 +553,8 @@ def _handler(value: Any) -> _Handler | None:
         return Builder._torch_leaf
     if torch_tensors.generator_state(value) is not None:
         return Builder._generator
+    if generators.is_generator(value):
+        return Builder._random
     if values.is_namedtuple(value):
         return Builder._namedtuple
     if values.namespace_code(value) is not None:
@@ -560,6 +598,4 @@ def _why_unsupported(value: object) -> str:
             return f"{kind.__name__}, a subclass of {base.__name__}; convert it with {convert}"
     if callable(value):
         return f"callable {kind.__qualname__}"
-    if isinstance(value, (np.random.Generator, np.random.RandomState, np.random.BitGenerator)):
-        return f"class {kind.__qualname__}; store its state (`.bit_generator.state` or `.get_state()`)"
     return f"class {kind.__qualname__} has no state_dict()"

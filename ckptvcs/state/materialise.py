@@ -14,7 +14,7 @@ import numpy as np
 
 from ckptvcs.errors import CorruptionError, InvalidError, StorageError
 from ckptvcs.ids import Kind, ObjectId
-from ckptvcs.state import paths, torch_tensors
+from ckptvcs.state import generators, paths, torch_tensors
 from ckptvcs.state.interface import ObjectReader
 from ckptvcs.state.read import (
     Branch,
@@ -23,6 +23,7 @@ from ckptvcs.state.read import (
     Stored,
     StoredBlob,
     StoredLeaf,
+    StoredRandom,
     StoredTensor,
     StoredTorch,
     torch_value,
@@ -315,6 +316,8 @@ class Materialiser:
             return result
         if isinstance(node, StoredTorch):
             return torch_value(node, self._framework)
+        if isinstance(node, StoredRandom):
+            return generators.restore(node.code, node.plain)
         if isinstance(node, Branch):
             found = [self._make(child) for child in node.children]
             if isinstance(node, Compound) and node.kind == "generator" and self._framework == "numpy":

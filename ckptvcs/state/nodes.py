@@ -101,6 +101,22 @@ class Leaf(Node):
         return self.encoded
 
 
+class Deferred(Node):
+    """Stands where `node` belongs, which is made after everything else."""
+
+    __slots__ = ("node",)
+
+    def __init__(self) -> None:
+        self.node: Node = Leaf(b"")
+
+    def weigh(self, grid: Grid) -> int:
+        self.weight = self.node.weigh(grid)
+        return self.weight
+
+    def emit(self, context: Context) -> bytes:
+        return self.node.emit(context)
+
+
 class Content:
     """Bytes kept inline or as chunks. `ids` is set once the sources are stored."""
 

@@ -68,6 +68,15 @@ class StoredTorch(Stored):
 
 
 @dataclass(slots=True)
+class StoredRandom(Stored):
+    """A random generator of Python or numpy: made anew each time it is wanted."""
+
+    code: int
+    plain: Any
+    nbytes: int
+
+
+@dataclass(slots=True)
 class Content:
     """Where bytes are: inline, in chunks, or in the chunks of a chunk list. `cells` counts chunks."""
 
@@ -545,6 +554,10 @@ class Loader:
         words = {codes.TORCH_SIZE: "size", codes.TORCH_DTYPE: "dtype", codes.TORCH_DEVICE: "device"}
         return StoredTorch(words[value.code], value.code, plain)
 
+    def _random(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        plain = self._fields(value, opened, 3 if value.code == codes.RANDOM else 5)
+        return StoredRandom("generator", value.code, plain, len(value.payload))
+
     # -- tensors ----------------------------------------------------------------------------------
 
     def _shape(self, value: Any, opened: _Object) -> tuple[int, ...]:
@@ -804,6 +817,8 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     codes.SLICE: Loader._slice,
     codes.NUMPY_SCALAR: Loader._scalar,
     codes.NUMPY_DTYPE: Loader._dtype,
+    codes.RANDOM: Loader._random,
+    codes.NUMPY_GENERATOR: Loader._random,
     codes.TENSOR: Loader._tensor,
     codes.SPARSE: Loader._sparse,
     codes.QUANTIZED: Loader._quantized,

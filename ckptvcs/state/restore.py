@@ -1,8 +1,9 @@
 """Fill a live state from a tree, in place.
 
 First everything is compared; nothing is touched if strict restore finds a difference. Then one read
-fills arrays and tensors where they are, plain values are replaced in their containers, and last come
-the `load_state_dict` calls, in tree order.
+fills arrays and tensors where they are, plain values are replaced in their containers, and then come
+the `load_state_dict` calls, in tree order. Random generators are set behind them, and what calls itself
+`interface.Last` is loaded at the very end: a loader that moves to its position draws numbers.
 
 What fits what:
 
@@ -12,7 +13,8 @@ What fits what:
 - None and empty dicts, lists and deques take whatever is stored; so do lists and tuples that hold plain
   values only (a loss history may grow);
 - plain values (numbers, text, paths...) replace each other, whatever their type;
-- an enum member gets the stored member of its own class.
+- an enum member gets the stored member of its own class;
+- a random generator takes the state of one of its own kind.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -27,10 +30,19 @@ import numpy as np
 
 from ckptvcs.errors import InvalidError, NotFoundError, StateMismatchError
 from ckptvcs.ids import ObjectId
-from ckptvcs.state import paths, torch_tensors, tree, values
-from ckptvcs.state.interface import ObjectReader
+from ckptvcs.state import generators, paths, torch_tensors, tree, values
+from ckptvcs.state.interface import ObjectReader, is_last
 from ckptvcs.state.materialise import Materialiser
-from ckptvcs.state.read import Branch, Compound, Stored, StoredBlob, StoredLeaf, StoredTensor, StoredTorch
+from ckptvcs.state.read import (
+    Branch,
+    Compound,
+    Stored,
+    StoredBlob,
+    StoredLeaf,
+    StoredRandom,
+    StoredTensor,
+    StoredTorch,
+)
 from ckptvcs.state.tensors import SHARED_NAMES, Raw, Spec, capture
 
 _Set: TypeAlias = Callable[[Any], None]
@@ -80,6 +92,8 @@ def fill(
         stored = _rename(stored, rename, lenient=only is not None)
     plan = _Plan(only, rename or {})
     plan.match(stored, into, "", None)
+    if strict:
+        plan.ask_last(reader)
     if strict and (plan.missing or plan.unexpected or plan.mismatched):
         raise StateMismatchError(plan.missing, list(plan.unexpected), list(plan.mismatched.values()))
     return plan.carry_out(reader, strict)
@@ -108,6 +122,7 @@ class _Plan:
         self._values: list[tuple[str, Stored, _Set]] = []
         self._rebuilds: list[Callable[[], None]] = []
         self._loads: list[_Load] = []
+        self._generators: list[tuple[str, Stored, _Set]] = []
 
     def match(self, stored: Stored, target: Any, path: str, put: _Set | None) -> None:
         """Find the place of a stored node in `target`, which `put` replaces."""
@@ -115,6 +130,8 @@ class _Plan:
             self._object(stored, target, path)
         elif isinstance(stored, StoredTensor):
             self._tensor(stored, target, path, put)
+        elif generators.is_generator(target):
+            self._random(stored, target, path)
         elif target is None or _is_plain(target):
             # A plain value, or a place kept free for anything.
             if target is None or _holds_plain(stored):
@@ -202,12 +219,23 @@ class _Plan:
         if stored.kind == "generator":
             if torch_tensors.generator_state(target) is not None:
                 state = stored.children[0]
-                self._values.append((path, state, lambda value: torch_tensors.set_generator(target, value)))
+                set_state = functools.partial(torch_tensors.set_generator, target)
+                self._generators.append((path, state, set_state))
                 return
         elif torch_tensors.is_tensor(target) and tuple(target.shape) == stored.shape and put is not None:
             self._values.append((path, stored, put))
             return
         self._differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
+
+    def _random(self, stored: Stored, target: Any, path: str) -> None:
+        mine = generators.describe(target)
+        theirs = stored.kind
+        if isinstance(stored, StoredRandom):
+            theirs = generators.kind(stored.code, stored.plain)
+        if isinstance(stored, StoredRandom) and mine == theirs:
+            self._generators.append((path, stored, functools.partial(generators.assign, target)))
+        else:
+            self._differs(path, stored, f"{theirs} stored, {mine} to be filled")
 
     # -- containers -------------------------------------------------------------------------------
 
@@ -320,6 +348,17 @@ class _Plan:
                 return old + path[len(new) :]
         return path
 
+    def ask_last(self, reader: ObjectReader) -> None:
+        """Ask those who are loaded last what they cannot take. What is stored for them is small."""
+        for load in self._loads:
+            ask = getattr(load.target, "ckpt_differences", None) if is_last(load.target) else None
+            if ask is None:
+                continue
+            (value,) = Materialiser(reader).values([(load.path, load.stored)])
+            for difference in ask(_whole(load, value)):
+                below = paths.join(load.path, difference)
+                self.mismatched[below] = below
+
     # -- doing it ---------------------------------------------------------------------------------
 
     def carry_out(self, reader: ObjectReader, strict: bool) -> Filled:
@@ -330,14 +369,22 @@ class _Plan:
         spare = self.unexpected | self._spare
         wanted = [(path, stored) for path, stored, _ in self._values]
         wanted += [(load.path, load.stored) for load in self._loads]
+        wanted += [(path, stored) for path, stored, _ in self._generators]
         wanted += spare.items()
         found = iter(materialiser.values(wanted))
         for _, _, put in self._values:
             put(next(found))
         for rebuild in reversed(self._rebuilds):  # inner tuples were noted after the outer ones
             rebuild()
-        for load in self._loads:
-            self._load(load, next(found), strict)
+        loads = [(load, next(found)) for load in self._loads]
+        for load, value in loads:
+            if not is_last(load.target):
+                self._load(load, value, strict)
+        for _, _, set_state in self._generators:
+            set_state(next(found))
+        for load, value in loads:
+            if is_last(load.target):
+                self._load(load, value, strict)
         leftover = {path: next(found) for path in spare}
         return Filled(leftover, tuple(self.missing), tuple(self.unexpected))
 
@@ -347,9 +394,11 @@ class _Plan:
             if load.partial or not strict:
                 load.target.load_state_dict(kept, strict=False)
                 return
-        if load.partial:
-            value = _merged(load.target.state_dict(), value)
-        load.target.load_state_dict(value)
+        value = _whole(load, value)
+        if not strict and is_last(load.target):
+            load.target.load_state_dict(value, strict=False)
+        else:
+            load.target.load_state_dict(value)
 
 
 # -- small questions ------------------------------------------------------------------------------
@@ -376,12 +425,16 @@ def _is_plain(value: Any) -> bool:
         return torch_tensors.leaf(value) is not None
     if torch_tensors.is_tensor(value) or torch_tensors.generator_state(value) is not None:
         return False
+    if generators.is_generator(value):
+        return False
     return not _has_attributes(value) and not callable(getattr(value, "load_state_dict", None))
 
 
 def _holds_plain(stored: Stored) -> bool:
     """Whether a stored node is a plain value."""
-    return isinstance(stored, (StoredLeaf, StoredBlob, StoredTorch)) or stored.kind == "bytearray"
+    return (
+        isinstance(stored, (StoredLeaf, StoredBlob, StoredTorch, StoredRandom)) or stored.kind == "bytearray"
+    )
 
 
 def _has_attributes(value: Any) -> bool:
@@ -408,6 +461,11 @@ def _fields(target: Any) -> dict[str, Any]:
 def _refill(target: Any, value: Any) -> None:
     target.clear()
     target.extend(value)
+
+
+def _whole(load: _Load, value: Any) -> Any:
+    """What an object is to load: all that is stored for it, or a part laid over its state of now."""
+    return _merged(load.target.state_dict(), value) if load.partial else value
 
 
 def _merged(current: Any, selected: Any) -> Any:

@@ -57,6 +57,12 @@ def is_module(value: object) -> bool:
     return torch is not None and isinstance(value, torch.nn.Module)
 
 
+def is_generator(value: object) -> bool:
+    """Whether `value` is a torch.Generator."""
+    torch = loaded()
+    return torch is not None and isinstance(value, torch.Generator)
+
+
 def refuse_sharded(value: object) -> None:
     """InvalidError for tensors and modules of which this process holds a part only."""
     for kind in type(value).__mro__:

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 from ckptvcs.canonical import encode, encoded_map, encoded_tag
 from ckptvcs.errors import NotFoundError, UnsupportedStateError
 from ckptvcs.ids import Kind, ObjectId
-from ckptvcs.state import codes, paths
+from ckptvcs.state import codes, generators, paths
 from ckptvcs.state.bases import FILES, INSIDE, Bases, Held, alike
 from ckptvcs.state.build import MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent, Place
 from ckptvcs.state.interface import ObjectReader, ObjectWriter, Source
@@ -29,6 +29,7 @@ from ckptvcs.state.read import (
     StoredFile,
     StoredLeaf,
     StoredLink,
+    StoredRandom,
     StoredTensor,
     StoredTorch,
 )
@@ -349,6 +350,8 @@ def _entries(path: str, node: Stored) -> Iterator[Entry]:
         yield Entry(path, node.kind, None, None, node.nbytes, 0, _preview(node.value))
     elif isinstance(node, StoredTorch):
         yield Entry(path, node.kind, None, None, 0, 0, str(node.plain))
+    elif isinstance(node, StoredRandom):
+        yield Entry(path, node.kind, None, None, node.nbytes, 0, generators.kind(node.code, node.plain))
     elif isinstance(node, StoredTensor):
         spec, cells = node.spec, node.content.cells or 0
         yield Entry(path, "tensor", spec.dtype, spec.shape, spec.nbytes, cells, "")
