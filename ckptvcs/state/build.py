@@ -13,7 +13,15 @@ import numpy as np
 
 from ckptvcs.canonical import Tagged, encode
 from ckptvcs.errors import InvalidError, UnsupportedStateError
-from ckptvcs.state import codes, generators, paths, torch_tensors, values
+from ckptvcs.state import (
+    codes,
+    generators,
+    paths,
+    torch_devices,
+    torch_objects,
+    torch_tensors,
+    values,
+)
 from ckptvcs.state.bases import INSIDE
 from ckptvcs.state.interface import Source, is_last
 from ckptvcs.state.nodes import (
@@ -43,7 +51,7 @@ from ckptvcs.state.tensors import (
     unit,
     why_not,
 )
-from ckptvcs.store.format import Grid
+from ckptvcs.store.format import GRIDS, Grid
 
 MAX_COMPONENTS: Final = 64
 """Up to so many top-level entries each is a component; of more, only those that are containers."""
@@ -141,7 +149,7 @@ class Builder:
         # Whatever was made on the way stays alive, or another array could be given its memory and
         # seem to share it. Raw views keep their memory alive on their own, for as long as sources last.
         self._kept: list[Any] = []
-        self._captures = torch_tensors.Captures()
+        self._captures = torch_devices.Captures()
         # Random generators and what else has to be seen last: `state_dict()` of an object may draw numbers.
         self._later: list[Callable[[], None]] = []
         self.contents: dict[str, list[tuple[Place, Content]]] = {}
@@ -418,13 +426,19 @@ class Builder:
     def _expand(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         if in_key:
             return self._refuse(trail, f"{type(value).__name__} as a key or in a set")
-        torch_tensors.refuse_sharded(value)
+        # Before anything of the object is called: its state_dict() may wait for other processes.
+        torch_objects.refuse_sharded(value, lambda: _path(trail))
         if is_last(value):
             return self._deferred(lambda: self._expanded(value, trail, depth))
         return self._expanded(value, trail, depth)
 
     def _expanded(self, value: Any, trail: _Trail, depth: int) -> Node:
         expanded = value.state_dict()
+        if torch_tensors.is_module(value):
+            try:
+                expanded = torch_objects.unwrapped(value, expanded)
+            except InvalidError as error:
+                return self._refuse(trail, str(error))
         self._kept.append(expanded)
         # The object's own trail: its tree is the tree of the dict, whatever made it.
         self._expanding += 1
@@ -443,19 +457,19 @@ class Builder:
             return self._refuse(trail, why_not(value.dtype))
         if in_key:
             return self._refuse(trail, "array as a key or in a set")
-        return self._tensor(trail, *captured)
+        spec, raw = captured
+        return self._tensor(trail, spec, raw, ArraySource(raw, unit(spec.dtype, spec.item), spec.swap))
 
     def _memmap(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         return self._array(value, trail, in_key)
 
-    def _tensor(self, trail: _Trail, spec: Spec, raw: Raw) -> TensorNode:
-        size = unit(spec.dtype, spec.item)
-        sources = [ArraySource(raw, size, spec.swap)]
-        node = TensorNode(spec, self._content(spec.nbytes, sources, trail, spec.dtype, spec.shape))
+    def _tensor(self, trail: _Trail, spec: Spec, raw: Raw, source: Source) -> TensorNode:
+        node = TensorNode(spec, self._content(spec.nbytes, [source], trail, spec.dtype, spec.shape))
         self._tensors.append((node, raw))
         return node
 
     def _torch(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        torch_objects.refuse_sharded(value, lambda: _path(trail))
         why = "tensor as a key or in a set" if in_key else torch_tensors.why_not(value)
         if why:
             return self._refuse(trail, why)
@@ -537,6 +551,13 @@ _CONTAINERS: Final = {
     Builder._dataclass,
     Builder._expand,
 }
+
+
+def flat_encoding(value: Any) -> bytes | None:
+    """The encoding of a value that holds no tensors, all in one piece; None if it cannot be stored so."""
+    builder = Builder(GRIDS[1])  # any: nothing is cut
+    encoded = builder._key(value, None, 0).encoded
+    return None if builder._errors else encoded
 
 
 def _handler(value: Any) -> _Handler | None:

@@ -308,6 +308,16 @@ def meaningful_strides(raw: Raw) -> tuple[int, ...] | None:
     return tuple(reversed(strides))
 
 
+def is_injective(shape: Sequence[int], strides: Sequence[int], item: int) -> bool:
+    """Whether a view surely shows no byte twice, so that it can be written to in any order."""
+    reach = item
+    for stride, length in sorted((abs(s), n) for n, s in zip(shape, strides, strict=True) if n > 1):
+        if stride < reach:
+            return False
+        reach = stride * (length - 1) + reach
+    return True
+
+
 def bounds(shape: Sequence[int], strides: Sequence[int], item: int) -> tuple[int, int]:
     """Lowest and highest byte (exclusive) that a view touches, counted from its first element."""
     low, high = 0, item
