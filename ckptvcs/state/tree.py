@@ -33,6 +33,7 @@ from ckptvcs.state.read import (
     StoredTensor,
     StoredTorch,
 )
+from ckptvcs.store.format import GRIDS
 from ckptvcs.store.hints import Hint
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "StoredFile",
     "StoredLink",
     "Written",
+    "check",
     "entries",
     "files",
     "load",
@@ -134,6 +136,12 @@ def write(
     trees.flush()
     sizes = {name: size for name, size in builder.sizes.items() if name or size}
     return Written(root, sizes, held)
+
+
+@refuse_deep
+def check(state: Any) -> None:
+    """UnsupportedStateError, listing all leaves, if `write` would refuse the state. Stores nothing."""
+    Builder(GRIDS[1]).state(state)  # any grid does: what can be stored does not depend on it
 
 
 def _store(
