@@ -38,8 +38,7 @@ from ckptvcs.store.packs import Frame, PackWriter, make_frame
 from ckptvcs.store.reader import Reader
 
 if TYPE_CHECKING:
-    from ckptvcs.store.claims import Claim
-from ckptvcs.store.choice import Chooser
+    from ckptvcs.store.choice import Chooser
 
 _TASK_BYTES: Final = 2 << 20
 _TASK_PIECES: Final = 256
