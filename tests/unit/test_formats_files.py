@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ckptvcs.disk import Disk
 from ckptvcs.ids import Kind, chunk_id
 from ckptvcs.state import files, tree
 from ckptvcs.state.bases import Bases
+from ckptvcs.store.format import GRIDS
 from ckptvcs.testing.memory import MemoryStore
 from tests.unit.checkpoint_files import (
     ids_in,
@@ -203,6 +205,24 @@ def test_the_parents_tensor_serves_as_base(tmp_path: Path) -> None:
         assert hint.base is not None
         assert hint.numbers == "float32"
         assert hint.base(0) == chunk_id(kept["checkpoint-100"][f"layers.{at}.weight"].tobytes())
+
+
+def test_a_grid_of_small_cells_gives_the_same_files(made: dict[str, bytes], tmp_path: Path) -> None:
+    """Cells that are no pieces of a file, chunk lists, pages of pages, and small tensors inline."""
+    for name, data in made.items():
+        (tmp_path / name).write_bytes(data)
+    folder = files.collected(Disk(), {"run": tmp_path})
+    for inline in (8, 1500):
+        store = MemoryStore(
+            dataclasses.replace(
+                GRIDS[1], chunk=1 << 11, inline=inline, chunk_list=2, subtree=80, list_page=2, map_page=2
+            )
+        )
+        written = tree.write(store, files=folder)
+        assert tree.held(store, written.tree) == written.held
+        assert files.contents(store, written.tree) == {f"run/{name}": data for name, data in made.items()}
+        again = tree.write(store, files=folder, bases=Bases(lambda: written.held))  # noqa: B023
+        assert again == written
 
 
 def test_large_and_turned_tensors_are_written_in_pieces(repo: Repo, tmp_path: Path) -> None:
