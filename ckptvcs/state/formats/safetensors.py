@@ -49,7 +49,7 @@ def parse(file: File) -> Layout | None:
 
 def _too_rich(text: bytes) -> bool:
     """Whether parsing would take far more memory than any header of so many tensors."""
-    return text.count(b"{") + text.count(b"[") > 3 * MAX_TENSORS + 2 or text.count(b",") > 32 * MAX_TENSORS
+    return text.count(b"{") + text.count(b"[") > 3 * MAX_TENSORS + 2 or text.count(b",") > 12 * MAX_TENSORS
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
