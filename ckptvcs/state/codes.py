@@ -33,11 +33,11 @@ exception: a table with repetitions and no body.
      23   RANGE             [start, stop, step]
      24   SLICE             [start node, stop node, step node]
      25   ELLIPSIS          nil
-     26   RANDOM            [version, 625 words of bytes, next normal deviate or nil]   (random.Random)
+     26   RANDOM            [version, bytes of 625 words of 32 bit, normal deviate or nil]   (random.Random)
      30   NUMPY_SCALAR      [dtype name, bytes]
      31   NUMPY_DTYPE       [dtype name, flags]
      32   NUMPY_GENERATOR   [class name, bit generator name, {field: integer, bytes or fields},
-                             next normal deviate or nil, seed sequence or nil]
+                             normal deviate or nil, seed sequence or nil]
      40   TENSOR            [framework, dtype name, shape, flags, layout, data]
      41   SPARSE            [layout name, shape, flags, {component name: TENSOR}]
      42   QUANTIZED         [dtype name, scheme name, flags, axis or nil, {component name: TENSOR or number}]
@@ -57,8 +57,8 @@ exception: a table with repetitions and no body.
 grid.inline of them), or [pos, ...] of its chunks in order, or {"list": pos} of its chunk list when there
 are more than grid.chunk_list chunks. *Layout* is nil for C order, or the dimensions from the outermost in
 memory to the innermost, or {"alias": [group, byte offset in the group, byte strides or nil for C order]}.
-*Words* of bytes and arrays of a generator are little endian. The class of a NUMPY_GENERATOR is "Generator",
-"RandomState" or "BitGenerator", its fields are those that numpy's `state` has, and its *seed sequence* is
+The words of a RANDOM and the arrays of a NUMPY_GENERATOR are little endian. Its class is "Generator",
+"RandomState" or "BitGenerator", its fields are those of numpy's `state`, and its *seed sequence* is
 [entropy, [spawn key, ...], pool size, children spawned].
 *Flags* is a sum of BIG_ENDIAN, REQUIRES_GRAD, PARAMETER and COALESCED below.
 

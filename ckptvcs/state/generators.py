@@ -199,11 +199,14 @@ def _unpacked(fields: Mapping[str, _Field], plain: Any) -> dict[str, Any]:
 
 
 def _numpy(owner: Any, name: Any, packed: Any, gauss: Any, seeds: Any) -> Any:
-    if owner not in _OWNERS or not (gauss is None or (type(gauss) is float and owner == "RandomState")):
+    legacy = owner == "RandomState"
+    if owner not in _OWNERS or not (gauss is None or (legacy and type(gauss) is float)):
         raise ValueError("no class of numpy")
+    if legacy and seeds is not None:
+        raise ValueError("a RandomState with a seed sequence")
     state = {"bit_generator": name, **_unpacked(_BIT_GENERATORS[name], packed)}
     made = _made(owner, name, seeds)
-    if owner == "RandomState":
+    if legacy:
         made.set_state(state | {"has_gauss": int(gauss is not None), "gauss": gauss or 0.0})
     else:
         _bit_generator(made).state = state

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import enum
 import pathlib
+import random
 import types
 import zoneinfo
 from typing import Any
@@ -157,6 +158,23 @@ def split() -> dict[str, Any]:
     }
 
 
+def generators() -> dict[str, Any]:
+    """Random generators."""
+    used = random.Random(1)
+    used.gauss(0, 1)
+    state = np.random.RandomState(2)
+    state.standard_normal()
+    half = np.random.Generator(np.random.PCG64([3, 2**70]))
+    half.integers(0, 9, dtype=np.uint32)
+    half.spawn(2)
+    kinds = (np.random.MT19937, np.random.PCG64DXSM, np.random.Philox, np.random.SFC64)
+    return {
+        "python": [random.Random(0), used],
+        "numpy": [state, half, *(np.random.Generator(kind(4)) for kind in kinds)],
+        "bits": np.random.PCG64(5),
+    }
+
+
 def files() -> tree.Folder:
     """A folder of files."""
     long = b"0123456789" * 100
@@ -194,7 +212,7 @@ def tensor_files() -> tree.Folder:
 
 
 FILES = {"files": files, "tensor files": tensor_files}
-STATES = {"leaves": leaves, "arrays": arrays, "tensors": tensors, "split": split}
+STATES = {"leaves": leaves, "arrays": arrays, "tensors": tensors, "split": split, "generators": generators}
 
 
 def written(name: str) -> tuple[MemoryStore, bytes]:
