@@ -149,14 +149,14 @@ class Plan:
 
     def reasoning(self, max_overhead: float, mtbf: float | None) -> str:
         """The plan in one sentence."""
-        reasons = [f"{in_time(self.by_overhead)} keep that within {max_overhead:.3g} of the time"]
+        reasons = [f"at least {in_time(self.by_overhead)} for an overhead of {max_overhead:.3g}"]
         if self.by_failures is not None and mtbf is not None:
             reasons.append(f"{in_time(self.by_failures)} waste least with a failure every {in_time(mtbf)}")
-        reasons.append(f"{in_time(self.writing)} until it is durable")
-        steps = f", about {max(1, round(self.interval / self.step))} steps" if self.step > 0 else ""
+        reasons.append(f"at least {in_time(self.writing)} until a save is durable")
+        steps = f" (about {max(1, round(self.interval / self.step))} steps)" if self.step > 0 else ""
         return (
-            f"saving every {in_time(self.interval)}{steps}: a save costs {in_time(self.cost)}; "
-            f"the longest of {', '.join(reasons)}"
+            f"saving every {in_time(self.interval)}{steps}, because a save costs {in_time(self.cost)}: "
+            + "; ".join(reasons)
         )
 
 
