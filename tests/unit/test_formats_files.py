@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptvcs import CorruptionError, InvalidError, Repo
+from ckptvcs import CorruptionError, InvalidError, NotFoundError, Repo
 from ckptvcs.disk import Disk
 from ckptvcs.ids import Kind, chunk_id
 from ckptvcs.state import files, tree
@@ -391,3 +391,28 @@ def test_any_tensors_of_torch_are_found_as_a_state_has_them(values: list[Any], a
     covered = sum(part.spec.nbytes for part in found.parts)
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in values}
     assert covered == sum(storages.values())
+
+
+# -- reading a tensor out of a committed file -----------------------------------------------------
+
+
+def test_slices_of_a_files_tensor_are_read_without_the_rest(repo: Repo, tmp_path: Path) -> None:
+    array, tensor = numbers(1, 30, 40), torch.randn(4, 8, 8, 8).to(memory_format=torch.channels_last)
+    (tmp_path / "500").mkdir()
+    (tmp_path / "500" / "a.npz").write_bytes(npz(w=np.asfortranarray(array.astype(">f4")), **{"x/y": array}))
+    (tmp_path / "500" / "b.pt").write_bytes(saved({"model": {0: tensor}}))
+    files = {"500": tmp_path / "500"}
+    repo.commit_files(files)
+    assert np.array_equal(repo.open_tensor("main", "500/a.npz/w")[3:5, ::2], array[3:5, ::2])
+    assert np.array_equal(repo.open_tensor("main", r"\s500/a.npz/x\/y")[...], array)
+    found = repo.open_tensor("main", "500/b.pt/model/0")
+    assert (found.dtype, found.shape) == ("float32", (4, 8, 8, 8))
+    assert torch.equal(found[1], tensor[1])
+    for path in ("500/a.npz/z", "500/b.pt", "500", "600/a.npz/w", "500/b.pt/model", "", "500/a.npz/w/0"):
+        with pytest.raises(NotFoundError, match="no tensor"):
+            repo.open_tensor("main", path)
+    repo.commit({"w": array}, files=files)
+    assert np.array_equal(repo.open_tensor("main", "500/a.npz/w")[...], array)
+    assert np.array_equal(repo.open_tensor("main", "w")[...], array)
+    with pytest.raises(NotFoundError, match="nothing at"):
+        repo.open_tensor("main", "500/a.npz/z")
