@@ -258,7 +258,7 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
 def plain_config(config: Any, what: str = "config") -> dict[str, Any]:
     """A config as nested dicts, lists and scalars.
 
-    Namespaces become dicts, tuples and other sequences lists, 0-dim arrays numbers; paths, dtypes, devices, classes and
+    Namespaces become dicts, tuples lists, 0-dim arrays numbers; paths, dtypes, devices, classes and
     functions become text: a config is for people. Anything else is listed,
     all at once, in an UnsupportedStateError.
     """
@@ -296,9 +296,7 @@ class _Plainer:
         if type(value) in _SCALARS:
             return value
         namespace = type(value).__name__ in ("Namespace", "SimpleNamespace")
-        # OmegaConf's lists are sequences without being lists; what it interpolates is read resolved.
-        listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
-        if namespace or listed or isinstance(value, Mapping):
+        if namespace or isinstance(value, (Mapping, list, tuple)):
             return self._container(value, vars(value) if namespace else value, path)
         if hasattr(value, "__fspath__"):
             return str(value)

@@ -184,7 +184,7 @@ def test_gradient_scaler(repo: Repo) -> None:
 def test_omegaconf_as_config(repo: Repo) -> None:
     config = OmegaConf.create({"model": {"width": 8, "layers": [1, 2]}, "lr": 0.1, "half": "${lr}"})
     commit = repo.commit({"step": 1}, config=config)
-    assert commit.config == {"model": {"width": 8, "layers": [1, 2]}, "lr": 0.1, "half": 0.1}
+    assert commit.config == {"model": {"width": 8, "layers": [1, 2]}, "lr": 0.1, "half": "${lr}"}
 
 
 def test_omegaconf_as_a_leaf(repo: Repo) -> None:
