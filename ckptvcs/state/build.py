@@ -13,7 +13,16 @@ import numpy as np
 
 from ckptvcs.canonical import Tagged, encode
 from ckptvcs.errors import InvalidError, UnsupportedStateError
-from ckptvcs.state import codes, generators, paths, torch_tensors, values
+from ckptvcs.state import (
+    codes,
+    generators,
+    paths,
+    torch_devices,
+    torch_objects,
+    torch_tensors,
+    values,
+)
+from ckptvcs.state.bases import INSIDE
 from ckptvcs.state.interface import Source, is_last
 from ckptvcs.state.nodes import (
     Content,
@@ -24,7 +33,9 @@ from ckptvcs.state.nodes import (
     ListNode,
     MapNode,
     Node,
+    Row,
     Tag,
+    TensorFile,
     TensorNode,
 )
 from ckptvcs.state.tensors import (
@@ -40,7 +51,7 @@ from ckptvcs.state.tensors import (
     unit,
     why_not,
 )
-from ckptvcs.store.format import Grid
+from ckptvcs.store.format import GRIDS, Grid
 
 MAX_COMPONENTS: Final = 64
 """Up to so many top-level entries each is a component; of more, only those that are containers."""
@@ -55,6 +66,24 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+class TensorContent(NamedTuple):
+    """A tensor in a file that is to be stored.
+
+    Attributes:
+        name: its path in the file.
+        before: how many bytes of the file's rest come between it and the tensor before it.
+        spec: dtype, shape, flags.
+        order: the order of its dimensions in the file if that is not C order.
+        source: its bytes in C order and little endian, at least one.
+    """
+
+    name: str
+    before: int
+    spec: Spec
+    order: list[int] | None
+    source: Source
+
+
 @dataclass(frozen=True, slots=True)
 class FileContent:
     """A file to be stored.
@@ -64,7 +93,9 @@ class FileContent:
         mode: permission bits.
         digest: BLAKE3 of the whole file.
         splitter: 0 if the grid cuts it, else the id of the splitter that made `sources`.
-        sources: its bytes; each is cut by the grid in turn.
+        sources: its bytes; each is cut by the grid in turn. If it holds tensors: the bytes of the rest.
+        format: what it is, as people call it, if it holds tensors.
+        tensors: its tensors, in the order of their bytes. Then `splitter` is 0.
     """
 
     size: int
@@ -72,6 +103,8 @@ class FileContent:
     digest: bytes
     splitter: int
     sources: Sequence[Source]
+    format: str = ""
+    tensors: Sequence[TensorContent] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +115,6 @@ class LinkContent:
 
 
 Folder: TypeAlias = "Mapping[str, FileContent | LinkContent | Folder]"
-
-FILES: Final = paths.name("")
-"""The first component of every path of content in files, which keeps it apart from nearly every state's."""
 
 _Trail: TypeAlias = "tuple[Any, object] | None"
 _IN_FILES: Final[_Trail] = (None, "")
@@ -119,7 +149,7 @@ class Builder:
         # Whatever was made on the way stays alive, or another array could be given its memory and
         # seem to share it. Raw views keep their memory alive on their own, for as long as sources last.
         self._kept: list[Any] = []
-        self._captures = torch_tensors.Captures()
+        self._captures = torch_devices.Captures()
         # Random generators and what else has to be seen last: `state_dict()` of an object may draw numbers.
         self._later: list[Callable[[], None]] = []
         self.contents: dict[str, list[tuple[Place, Content]]] = {}
@@ -149,10 +179,26 @@ class Builder:
         trail = (trail, name)
         if isinstance(entry, LinkContent):
             return Leaf(encode(Tagged(codes.LINK, encode(entry.target))))
+        if isinstance(entry, FileContent) and entry.tensors:
+            return self._tensor_file(entry, trail)
         if isinstance(entry, FileContent):
             fields = [encode(field) for field in (entry.size, entry.mode, entry.digest, entry.splitter)]
             return Data(codes.FILE, fields, self._content(entry.size, entry.sources, trail))
         return MapNode([(encode(key), self._file(key, below, trail)) for key, below in entry.items()])
+
+    def _tensor_file(self, entry: FileContent, trail: _Trail) -> Node:
+        fields = [encode(field) for field in (entry.size, entry.mode, entry.digest, entry.format)]
+        rest = entry.size - sum(tensor.spec.nbytes for tensor in entry.tensors)
+        content = self._content(rest, entry.sources, trail)
+        found: list[tuple[bytes, Node]] = []
+        for name, before, spec, order, source in entry.tensors:
+            self._counted(None)
+            node = TensorNode(
+                spec, self._content(spec.nbytes, [source], trail, spec.dtype, spec.shape, INSIDE + name)
+            )
+            node.set_layout(order, None)
+            found.append((encode(name), Row([Leaf(encode(before)), node])))
+        return TensorFile(fields, content, MapNode(found))
 
     def _enter(self, component: str) -> None:
         self._component = component
@@ -166,10 +212,11 @@ class Builder:
         trail: _Trail,
         dtype: str = "",
         shape: tuple[int, ...] = (),
+        inside: str = "",
     ) -> Content:
         content = Content(nbytes, sources, self._grid)
         if content.inline is None:
-            place = Place(_path(trail), dtype, shape)
+            place = Place(_path(trail) + inside, dtype, shape)
             self.contents.setdefault(self._component, []).append((place, content))
         self.sizes[self._component] = self.sizes.get(self._component, 0) + nbytes
         return content
@@ -379,13 +426,19 @@ class Builder:
     def _expand(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         if in_key:
             return self._refuse(trail, f"{type(value).__name__} as a key or in a set")
-        torch_tensors.refuse_sharded(value)
+        # Before anything of the object is called: its state_dict() may wait for other processes.
+        torch_objects.refuse_sharded(value, lambda: _path(trail))
         if is_last(value):
             return self._deferred(lambda: self._expanded(value, trail, depth))
         return self._expanded(value, trail, depth)
 
     def _expanded(self, value: Any, trail: _Trail, depth: int) -> Node:
         expanded = value.state_dict()
+        if torch_tensors.is_module(value):
+            try:
+                expanded = torch_objects.unwrapped(value, expanded)
+            except InvalidError as error:
+                return self._refuse(trail, str(error))
         self._kept.append(expanded)
         # The object's own trail: its tree is the tree of the dict, whatever made it.
         self._expanding += 1
@@ -404,19 +457,19 @@ class Builder:
             return self._refuse(trail, why_not(value.dtype))
         if in_key:
             return self._refuse(trail, "array as a key or in a set")
-        return self._tensor(trail, *captured)
+        spec, raw = captured
+        return self._tensor(trail, spec, raw, ArraySource(raw, unit(spec.dtype, spec.item), spec.swap))
 
     def _memmap(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         return self._array(value, trail, in_key)
 
-    def _tensor(self, trail: _Trail, spec: Spec, raw: Raw) -> TensorNode:
-        size = unit(spec.dtype, spec.item)
-        sources = [ArraySource(raw, size, spec.swap)]
-        node = TensorNode(spec, self._content(spec.nbytes, sources, trail, spec.dtype, spec.shape))
+    def _tensor(self, trail: _Trail, spec: Spec, raw: Raw, source: Source) -> TensorNode:
+        node = TensorNode(spec, self._content(spec.nbytes, [source], trail, spec.dtype, spec.shape))
         self._tensors.append((node, raw))
         return node
 
     def _torch(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        torch_objects.refuse_sharded(value, lambda: _path(trail))
         why = "tensor as a key or in a set" if in_key else torch_tensors.why_not(value)
         if why:
             return self._refuse(trail, why)
@@ -498,6 +551,13 @@ _CONTAINERS: Final = {
     Builder._dataclass,
     Builder._expand,
 }
+
+
+def flat_encoding(value: Any) -> bytes | None:
+    """The encoding of a value that holds no tensors, all in one piece; None if it cannot be stored so."""
+    builder = Builder(GRIDS[1])  # any: nothing is cut
+    encoded = builder._key(value, None, 0).encoded
+    return None if builder._errors else encoded
 
 
 def _handler(value: Any) -> _Handler | None:

@@ -30,7 +30,15 @@ import numpy as np
 
 from ckptvcs.errors import InvalidError, NotFoundError, StateMismatchError
 from ckptvcs.ids import ObjectId
-from ckptvcs.state import generators, paths, torch_tensors, tree, values
+from ckptvcs.state import (
+    generators,
+    paths,
+    torch_devices,
+    torch_objects,
+    torch_tensors,
+    tree,
+    values,
+)
 from ckptvcs.state.interface import ObjectReader, is_last
 from ckptvcs.state.materialise import Materialiser
 from ckptvcs.state.read import (
@@ -119,6 +127,7 @@ class _Plan:
         self.mismatched: dict[str, str] = {}
         self._spare: dict[str, Stored] = {}
         self._fills: list[tuple[StoredTensor, Raw, int]] = []
+        self._staged: list[tuple[StoredTensor, Any]] = []
         self._values: list[tuple[str, Stored, _Set]] = []
         self._rebuilds: list[Callable[[], None]] = []
         self._loads: list[_Load] = []
@@ -191,7 +200,7 @@ class _Plan:
                 self._differs(path, stored, "read-only array")
                 return
         elif torch_tensors.is_tensor(target):
-            captured = torch_tensors.as_target(target)
+            captured = torch_devices.as_target(target)
             if captured is None:
                 self._device_tensor(stored, target, path)
                 return
@@ -211,9 +220,15 @@ class _Plan:
         return False
 
     def _device_tensor(self, stored: StoredTensor, target: Any, path: str) -> None:
-        spec = _torch_spec(target)
-        if self._fits(stored, spec, path):
-            self._values.append((path, stored, lambda value: torch_tensors.copy_into(target, value)))
+        why = torch_tensors.why_not(target)
+        if why is not None or not torch_tensors.is_dense(target):
+            self._differs(path, stored, why or f"dense tensor stored, {target.layout} to be filled")
+        elif self._fits(stored, _torch_spec(target), path):
+            if torch_devices.on_host(target):  # its memory does not hold its values as they are
+                put = functools.partial(torch_tensors.copy_into, target)
+                self._values.append((path, stored, put))
+            else:
+                self._staged.append((stored, target))
 
     def _compound(self, stored: Compound, target: Any, path: str, put: _Set | None) -> None:
         if stored.kind == "generator":
@@ -324,7 +339,7 @@ class _Plan:
     # -- objects ----------------------------------------------------------------------------------
 
     def _object(self, stored: Stored, target: Any, path: str) -> None:
-        torch_tensors.refuse_sharded(target)
+        torch_objects.refuse_sharded(target, lambda: path)
         partial = self._only is not None and not any(
             paths.matches(pattern, self._source(path)) for pattern in self._only
         )
@@ -366,6 +381,8 @@ class _Plan:
         materialiser = Materialiser(reader)
         for stored, raw, swapped in self._fills:
             materialiser.filler.add(stored.content, raw, swapped)
+        for stored, tensor in self._staged:
+            materialiser.filler.add_staged(stored.content, tensor)
         spare = self.unexpected | self._spare
         wanted = [(path, stored) for path, stored, _ in self._values]
         wanted += [(load.path, load.stored) for load in self._loads]

@@ -63,22 +63,9 @@ def is_generator(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Generator)
 
 
-def refuse_sharded(value: object) -> None:
-    """InvalidError for tensors and modules of which this process holds a part only."""
-    for kind in type(value).__mro__:
-        if kind.__name__ in ("DTensor", "ShardedTensor", "FullyShardedDataParallel", "FSDPModule") and (
-            kind.__module__.startswith("torch.distributed")
-        ):
-            raise InvalidError(
-                f"a {kind.__name__} is spread over several processes; a plain commit sees one part of it",
-                hint="commit it through torch.distributed.checkpoint (DCP)",
-            )
-
-
 def why_not(value: Any) -> str | None:
     """Why a tensor cannot be stored, or None."""
     torch = loaded()
-    refuse_sharded(value)
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         return f"tensor subclass {type(value).__name__}; convert it to a plain tensor"
     if value.device.type == "meta":
@@ -97,6 +84,17 @@ def why_not(value: Any) -> str | None:
         if needed > value.untyped_storage().nbytes():
             return "tensor whose memory has been freed (a sharding or offloading wrapper holds the data)"
     return None
+
+
+def is_dense(tensor: Any) -> bool:
+    """Whether a tensor is nothing but strided memory that can be stored."""
+    return why_not(tensor) is None and name_of(tensor.layout) == "strided" and not tensor.is_quantized
+
+
+def copy_into(target: Any, value: Any) -> None:
+    """Copy a tensor's values over another of the same shape."""
+    with require().no_grad():
+        target.copy_(value)
 
 
 @functools.cache
@@ -125,39 +123,39 @@ class _Memory:
         }
 
 
-def _memory(flat: Any) -> Raw:
+def memory(flat: Any) -> Raw:
     """The bytes of a flat uint8 CPU tensor, which stays alive as long as they do."""
     return np.asarray(_Memory(flat)) if flat.numel() else np.empty(0, np.uint8)
 
 
-class Captures:
-    """The tensors of one commit as raw memory, which keeps what it belongs to alive."""
+def resolved(tensor: Any) -> Any:
+    """A strided tensor apart from autograd, whose memory holds its values as they are."""
+    plain = tensor.detach()
+    return plain.resolve_conj().resolve_neg() if plain.is_conj() or plain.is_neg() else plain
 
-    def __init__(self) -> None:
-        self._host: dict[tuple[str, int], Any] = {}
 
-    def dense(self, tensor: Any) -> tuple[Spec, Raw]:
-        """A strided tensor and its memory. Memory on a device is copied once per storage."""
-        torch = loaded()
-        flags = flags_of(tensor)
-        plain = tensor.detach()
-        if plain.is_conj() or plain.is_neg():
-            plain = plain.resolve_conj().resolve_neg()
-        storage = plain.untyped_storage()
-        flat = torch.empty(0, dtype=torch.uint8, device=plain.device).set_(storage)
-        if plain.device.type != "cpu":
-            key = (str(plain.device), storage.data_ptr())
-            flat = self._host.setdefault(key, flat.cpu() if key not in self._host else None)
-        item = plain.element_size()
-        spec = Spec("torch", name_of(plain.dtype), tuple(plain.shape), flags, item)
-        raw: Raw = np.ndarray(
-            spec.shape,
-            raw_dtype(item),
-            _memory(flat),
-            plain.storage_offset() * item if plain.numel() else 0,
-            [step * item for step in plain.stride()] if plain.numel() else None,
-        )
-        return spec, raw
+def spec_of(tensor: Any) -> Spec:
+    """What a strided tensor is."""
+    name = name_of(tensor.dtype)
+    return Spec("torch", name, tuple(tensor.shape), flags_of(tensor), tensor.element_size())
+
+
+def host_memory(plain: Any) -> Raw:
+    """The memory of a `resolved` CPU tensor, which stays alive as long as it does."""
+    torch = loaded()
+    return view_of(plain, memory(torch.empty(0, dtype=torch.uint8).set_(plain.untyped_storage())))
+
+
+def view_of(plain: Any, storage: Raw) -> Raw:
+    """A `resolved` tensor as raw elements of the bytes of its storage."""
+    item = plain.element_size()
+    return np.ndarray(
+        tuple(plain.shape),
+        raw_dtype(item),
+        storage,
+        plain.storage_offset() * item if plain.numel() else 0,
+        [step * item for step in plain.stride()] if plain.numel() else None,
+    )
 
 
 def sparse(tensor: Any) -> tuple[str, int, dict[str, Any]] | None:
@@ -208,12 +206,17 @@ def device(text: str) -> Any:
         raise CorruptionError(f"no torch device is called {text!r}") from None
 
 
-def allocate(nbytes: int, zeroed: bool = False) -> tuple[Any, Raw]:
-    """Fresh torch memory, and the same memory for numpy to fill."""
+def allocate(nbytes: int, zeroed: bool = False, device: Any = None) -> tuple[Any, Raw]:
+    """Fresh torch memory, and the same memory for numpy to fill, or nothing if it is on a device."""
     # Made by torch so that the storage can be resized and freed by torch later.
     torch = require()
-    base = (torch.zeros if zeroed else torch.empty)(nbytes, dtype=torch.uint8)
-    return base, _memory(base)
+    base = (torch.zeros if zeroed else torch.empty)(nbytes, dtype=torch.uint8, device=device)
+    return base, memory(base) if device is None else np.empty(0, np.uint8)
+
+
+def device_type(device: Any) -> str:
+    """The kind of device that a text, a number or a torch.device names, such as "cuda"."""
+    return str(require().device(device).type)
 
 
 def restore(base: Any, spec: Spec, place: Place) -> Any:
@@ -341,18 +344,3 @@ def set_generator(target: Any, state: Any) -> None:
         target.set_state(state)
     except (RuntimeError, TypeError) as error:
         raise CorruptionError(f"torch does not take the generator's state: {error}") from None
-
-
-def as_target(tensor: Any) -> tuple[Spec, Raw] | None:
-    """A tensor's own memory, to be filled in place; None if that memory is not plain CPU memory."""
-    if tensor.device.type != "cpu" or name_of(tensor.layout) != "strided" or tensor.is_quantized:
-        return None
-    if tensor.is_conj() or tensor.is_neg() or name_of(tensor.dtype) not in TORCH_SIZES:
-        return None
-    return Captures().dense(tensor)
-
-
-def copy_into(target: Any, value: Any) -> None:
-    """Copy a tensor's values over another of the same shape, on whatever device."""
-    with require().no_grad():
-        target.copy_(value)

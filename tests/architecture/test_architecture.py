@@ -23,6 +23,7 @@ LAYERS = (
     {"rng"},  # a leaf of states, public by itself
     {"opening"},
     {"repo"},
+    {"training"},
     {"cli"},
 )
 """From the bottom up; a layer may import itself and what is below it."""
