@@ -317,6 +317,9 @@ class Builder:
             )
         return Tag(codes.DEFAULT_DICT, [self._leaf(encode(name)), self._entries(value, trail, depth, in_key)])
 
+    def _counter(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        return Tag(codes.COUNTER, [self._entries(value, trail, depth, in_key)], single=True)
+
     def _deque(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         return Tag(codes.DEQUE, [self._leaf(encode(value.maxlen)), self._items(value, trail, depth, in_key)])
 
@@ -438,6 +441,7 @@ _HANDLERS: Final[dict[type, _Handler]] = {
     frozenset: Builder._set,
     collections.OrderedDict: Builder._ordered,
     collections.defaultdict: Builder._defaultdict,
+    collections.Counter: Builder._counter,
     collections.deque: Builder._deque,
     slice: Builder._slice,
     values.EnumValue: Builder._enum,
@@ -453,6 +457,7 @@ _CONTAINERS: Final = {
     Builder._set,
     Builder._ordered,
     Builder._defaultdict,
+    Builder._counter,
     Builder._deque,
     Builder._namespace,
     Builder._dataclass,

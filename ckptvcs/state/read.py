@@ -61,7 +61,7 @@ class StoredLeaf(Stored):
 
 @dataclass(slots=True)
 class StoredTorch(Stored):
-    """A torch.Size, dtype or device: made when it is wanted, since that takes torch."""
+    """A torch.Size, dtype, device or constant: made when it is wanted, since that takes torch."""
 
     code: int
     plain: Any
@@ -456,6 +456,12 @@ class Loader:
 
         return self._map("defaultdict", inner, opened, selection, depth, make)
 
+    def _counter(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            return collections.Counter(dict(zip(keys, found, strict=True)))
+
+        return self._map("Counter", self._payload(value, opened), opened, selection, depth, make)
+
     def _deque(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
         limit, inner = self._fields(value, opened, 2)
         if limit is not None and (type(limit) is not int or not 0 <= limit < 1 << 62):
@@ -528,6 +534,12 @@ class Loader:
         plain = self._payload(value, opened)
         if value.code == codes.TORCH_SIZE:
             self._shape(plain, opened)
+        elif value.code == codes.TORCH_CONSTANT:
+            if type(plain) is not list or len(plain) != 2 or plain[0] not in torch_tensors.CONSTANTS:
+                raise CorruptionError(f"{opened.where}: an unknown constant of torch")
+            if type(plain[1]) is not str:
+                raise CorruptionError(f"{opened.where}: a torch value without a name")
+            return StoredTorch(plain[0], value.code, plain)
         elif type(plain) is not str:
             raise CorruptionError(f"{opened.where}: a torch value without a name")
         words = {codes.TORCH_SIZE: "size", codes.TORCH_DTYPE: "dtype", codes.TORCH_DEVICE: "device"}
@@ -725,6 +737,7 @@ _CONTAINERS: Final = frozenset(
         codes.FROZENSET,
         codes.ORDERED_DICT,
         codes.DEFAULT_DICT,
+        codes.COUNTER,
         codes.DEQUE,
         codes.NAMESPACE,
         codes.SIMPLE_NAMESPACE,
@@ -748,6 +761,7 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     codes.FROZENSET: Loader._set,
     codes.ORDERED_DICT: Loader._ordered,
     codes.DEFAULT_DICT: Loader._defaultdict,
+    codes.COUNTER: Loader._counter,
     codes.DEQUE: Loader._deque,
     codes.BYTEARRAY: Loader._bytearray,
     codes.BLOB: Loader._blob,
@@ -765,6 +779,7 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     codes.TORCH_DTYPE: Loader._torch_leaf,
     codes.TORCH_DEVICE: Loader._torch_leaf,
     codes.TORCH_GENERATOR: Loader._generator,
+    codes.TORCH_CONSTANT: Loader._torch_leaf,
     codes.SUBTREE: Loader._subtree,
     codes.FILE: Loader._file,
     codes.LINK: Loader._link,
@@ -800,7 +815,11 @@ def plain_value(stored: Stored) -> Any:
 def torch_value(stored: StoredTorch, framework: str | None) -> Any:
     """A torch.Size, dtype or device, or with "numpy" what stands for it without torch."""
     if framework == "numpy":
+        if stored.code == codes.TORCH_CONSTANT:
+            return stored.plain[1]
         return tuple(stored.plain) if stored.code == codes.TORCH_SIZE else stored.plain
+    if stored.code == codes.TORCH_CONSTANT:
+        return torch_tensors.constant(*stored.plain)
     if stored.code == codes.TORCH_SIZE:
         return torch_tensors.require().Size(stored.plain)
     if stored.code == codes.TORCH_DTYPE:

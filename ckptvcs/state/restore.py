@@ -26,17 +26,18 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ckptvcs.errors import InvalidError, NotFoundError, StateMismatchError
+from ckptvcs.errors import CorruptionError, InvalidError, NotFoundError, StateMismatchError
 from ckptvcs.ids import ObjectId
-from ckptvcs.state import paths, torch_devices, torch_objects, torch_tensors, tree, values
+from ckptvcs.state import paths, torch_devices, torch_tensors, tree, values
 from ckptvcs.state.interface import ObjectReader
+from ckptvcs.state.loading import Load, load_of
 from ckptvcs.state.materialise import Materialiser
 from ckptvcs.state.read import Branch, Compound, Stored, StoredBlob, StoredLeaf, StoredTensor, StoredTorch
 from ckptvcs.state.tensors import SHARED_NAMES, Raw, Spec, capture
 
 _Set: TypeAlias = Callable[[Any], None]
 
-_MAPS: Final = frozenset(("dict", "OrderedDict", "defaultdict", "namespace", "dataclass"))
+_MAPS: Final = frozenset(("dict", "OrderedDict", "defaultdict", "Counter", "namespace", "dataclass"))
 _LISTS: Final = frozenset(("list", "deque"))
 _TUPLES: Final = frozenset(("tuple", "namedtuple"))
 
@@ -48,11 +49,13 @@ class Filled(NamedTuple):
         leftover: path -> stored value that had no place, or no fitting one.
         missing: paths in the target that the commit does not have.
         unexpected: paths in the commit that the target does not have.
+        altered: path -> what an object has made of what was stored there.
     """
 
     leftover: dict[str, Any]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    altered: dict[str, str]
 
 
 @tree.refuse_deep
@@ -83,18 +86,13 @@ def fill(
     plan.match(stored, into, "", None)
     if strict and (plan.missing or plan.unexpected or plan.mismatched):
         raise StateMismatchError(plan.missing, list(plan.unexpected), list(plan.mismatched.values()))
-    return plan.carry_out(reader, strict)
+    filled = plan.carry_out(reader, strict)
+    if strict and filled.altered:
+        raise StateMismatchError((), (), (), altered=[f"{p} ({why})" for p, why in filled.altered.items()])
+    return filled
 
 
 # -- comparing ------------------------------------------------------------------------------------
-
-
-class _Load(NamedTuple):
-    path: str
-    stored: Stored
-    target: Any
-    partial: bool
-    unfit: frozenset[str]
 
 
 class _Plan:
@@ -109,7 +107,8 @@ class _Plan:
         self._staged: list[tuple[StoredTensor, Any]] = []
         self._values: list[tuple[str, Stored, _Set]] = []
         self._rebuilds: list[Callable[[], None]] = []
-        self._loads: list[_Load] = []
+        self._loads: list[Load] = []
+        self._memory: dict[Any, StoredTensor] = {}
 
     def match(self, stored: Stored, target: Any, path: str, put: _Set | None) -> None:
         """Find the place of a stored node in `target`, which `put` replaces."""
@@ -122,15 +121,15 @@ class _Plan:
             if target is None or _holds_plain(stored):
                 self._replace(stored, target, path, put)
             else:
-                self._differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
+                self.differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
         elif isinstance(stored, Compound):
             self._compound(stored, target, path, put)
         elif isinstance(stored, Branch) and self._branch(stored, target, path, put):
             pass
         else:
-            self._differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
+            self.differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
 
-    def _differs(self, path: str, stored: Stored, why: str) -> None:
+    def differs(self, path: str, stored: Stored, why: str) -> None:
         self.mismatched[path] = f"{path or '(the state itself)'} ({why})"
         self._spare[path] = stored
 
@@ -154,11 +153,11 @@ class _Plan:
         if isinstance(target, enum.Enum) and isinstance(stored, StoredLeaf):
             member = stored.value
             if not isinstance(member, values.EnumValue) or member.type != values.type_name(type(target)):
-                self._differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
+                self.differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
                 return
             found = type(target).__members__.get(member.name or "")
             if found is None:
-                self._differs(path, stored, f"{type(target).__name__} has no member {member.name}")
+                self.differs(path, stored, f"{type(target).__name__} has no member {member.name}")
                 return
             stored = StoredLeaf("enum", found)
         self._values.append((path, stored, put))
@@ -173,7 +172,7 @@ class _Plan:
         if isinstance(target, np.ndarray):
             captured = capture(target)
             if captured is not None and not target.flags.writeable:
-                self._differs(path, stored, "read-only array")
+                self.differs(path, stored, "read-only array")
                 return
         elif torch_tensors.is_tensor(target):
             captured = torch_devices.as_target(target)
@@ -182,29 +181,57 @@ class _Plan:
                 return
         if captured is None:
             kind = type(target).__name__
-            self._differs(path, stored, f"{_describe(stored.spec)} stored, {kind} to be filled")
+            self.differs(path, stored, f"{_describe(stored.spec)} stored, {kind} to be filled")
             return
         spec, raw = captured
-        if self._fits(stored, spec, path):
-            self._fills.append((stored, raw, spec.swap))
+        if self.fits(stored, spec, path):
+            self._into(stored, raw, spec.swap, path)
 
-    def _fits(self, stored: StoredTensor, spec: Spec, path: str) -> bool:
+    def fill(self, stored: StoredTensor, tensor: Any, path: str) -> bool:
+        if not torch_devices.on_host(tensor):
+            if not torch_tensors.is_dense(tensor):
+                return False
+            plain = tensor.detach()
+            place = (str(plain.device), plain.data_ptr(), tuple(plain.shape), plain.stride())
+            if self._first(stored, place, path):
+                self._staged.append((stored, plain))
+            return True
+        captured = torch_devices.as_target(tensor)
+        if captured is None:
+            return False
+        self._into(stored, captured[1], 0, path)
+        return True
+
+    def _into(self, stored: StoredTensor, raw: Raw, swapped: int, path: str) -> None:
+        if self._first(stored, (raw.__array_interface__["data"][0], raw.shape, raw.strides), path):
+            self._fills.append((stored, raw, swapped))
+
+    def _first(self, stored: StoredTensor, place: Any, path: str) -> bool:
+        """Whether nothing fills this place yet. Two names of one tensor must have been stored equal."""
+        if not stored.spec.nbytes:
+            return False
+        other = self._memory.setdefault(place, stored)
+        if other is not stored and other.content != stored.content:
+            self.differs(path, stored, "shares its memory with a tensor that other values are stored for")
+        return other is stored
+
+    def fits(self, stored: StoredTensor, spec: Spec, path: str) -> bool:
         same = stored.spec.framework == spec.framework or spec.dtype in SHARED_NAMES
         if same and stored.spec.shape == spec.shape and stored.spec.dtype == spec.dtype:
             return True
-        self._differs(path, stored, f"{_describe(stored.spec)} stored, {_describe(spec)} to be filled")
+        self.differs(path, stored, f"{_describe(stored.spec)} stored, {_describe(spec)} to be filled")
         return False
 
     def _device_tensor(self, stored: StoredTensor, target: Any, path: str) -> None:
         why = torch_tensors.why_not(target)
         if why is not None or not torch_tensors.is_dense(target):
-            self._differs(path, stored, why or f"dense tensor stored, {target.layout} to be filled")
-        elif self._fits(stored, _torch_spec(target), path):
+            self.differs(path, stored, why or f"dense tensor stored, {target.layout} to be filled")
+        elif self.fits(stored, _torch_spec(target), path):
             if torch_devices.on_host(target):  # its memory does not hold its values as they are
                 put = functools.partial(torch_tensors.copy_into, target)
                 self._values.append((path, stored, put))
             else:
-                self._staged.append((stored, target))
+                self.fill(stored, target, path)
 
     def _compound(self, stored: Compound, target: Any, path: str, put: _Set | None) -> None:
         if stored.kind == "generator":
@@ -215,7 +242,7 @@ class _Plan:
         elif torch_tensors.is_tensor(target) and tuple(target.shape) == stored.shape and put is not None:
             self._values.append((path, stored, put))
             return
-        self._differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
+        self.differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
 
     # -- containers -------------------------------------------------------------------------------
 
@@ -238,8 +265,8 @@ class _Plan:
             return False
         return True
 
-    def _children(
-        self, stored: Branch, path: str, places: dict[str, Any]
+    def children(
+        self, stored: Branch, path: str, places: Mapping[str, Any]
     ) -> Iterator[tuple[str, Stored, Any]]:
         """(path, stored child, key in the target) of those that have a place; the others are noted."""
         found = set()
@@ -262,33 +289,33 @@ class _Plan:
                 self._values.append((below, child, _setter(target.__setitem__, key)))
             return
         places = {paths.name(key): key for key in target}
-        for below, child, key in self._children(stored, path, places):
+        for below, child, key in self.children(stored, path, places):
             self.match(child, target[key], below, _setter(target.__setitem__, key))
 
     def _attributes(self, stored: Branch, target: Any, path: str) -> None:
         fields = _fields(target)
         frozen = _is_frozen(target)
-        for below, child, key in self._children(stored, path, {paths.name(key): key for key in fields}):
+        for below, child, key in self.children(stored, path, {paths.name(key): key for key in fields}):
             put = None if frozen else _setter(lambda key, value: setattr(target, key, value), key)
             if put is None and _is_plain(fields[key]):
-                self._differs(below, child, f"field of the frozen {type(target).__name__}")
+                self.differs(below, child, f"field of the frozen {type(target).__name__}")
             else:
                 self.match(child, fields[key], below, put)
 
     def _items(self, stored: Branch, target: Any, path: str, put: Callable[[int, Any], None]) -> None:
         places = {paths.name(at): at for at in range(len(target))}
-        for below, child, at in self._children(stored, path, places):
+        for below, child, at in self.children(stored, path, places):
             self.match(child, target[at], below, _setter(put, at))
 
     def _tuple(self, stored: Branch, target: tuple[Any, ...], path: str, put: _Set | None) -> None:
         items = list(target)
         fields = getattr(target, "_fields", None)
         if stored.kind == "namedtuple" and fields is None:
-            self._differs(path, stored, "named tuple stored, tuple to be filled")
+            self.differs(path, stored, "named tuple stored, tuple to be filled")
             return
         names = list(fields) if stored.kind == "namedtuple" and fields else range(len(items))
         places = {paths.name(name): at for at, name in enumerate(names)}
-        for below, child, at in self._children(stored, path, places):
+        for below, child, at in self.children(stored, path, places):
             self.match(child, items[at], below, _setter(items.__setitem__, at))
 
         def rebuild() -> None:
@@ -304,23 +331,10 @@ class _Plan:
     # -- objects ----------------------------------------------------------------------------------
 
     def _object(self, stored: Stored, target: Any, path: str) -> None:
-        torch_objects.refuse_sharded(target, lambda: path)
         partial = self._only is not None and not any(
             paths.matches(pattern, self._source(path)) for pattern in self._only
         )
-        unfit: set[str] = set()
-        if torch_tensors.is_module(target) and isinstance(stored, Branch):
-            places = target.state_dict()
-            names = {paths.name(key): key for key in places}
-            for below, child, key in self._children(stored, path, names):
-                place = places[key]
-                if (
-                    isinstance(child, StoredTensor)
-                    and torch_tensors.is_tensor(place)
-                    and not self._fits(child, _torch_spec(place), below)
-                ):
-                    unfit.add(key)
-        self._loads.append(_Load(path, stored, target, partial, frozenset(unfit)))
+        self._loads.append(load_of(self, path, stored, target, partial))
 
     def _source(self, path: str) -> str:
         for new, old in self._back.items():
@@ -339,27 +353,25 @@ class _Plan:
             materialiser.filler.add_staged(stored.content, tensor)
         spare = self.unexpected | self._spare
         wanted = [(path, stored) for path, stored, _ in self._values]
-        wanted += [(load.path, load.stored) for load in self._loads]
+        loads = [(load, load.handed) for load in self._loads if load.handed is not None]
+        wanted += [(load.path, handed) for load, handed in loads]
         wanted += spare.items()
-        found = iter(materialiser.values(wanted))
+        try:
+            found = collections.deque(materialiser.values(wanted))  # each is let go of when it is in place
+        except CorruptionError as error:
+            if self._fills or self._staged:
+                error.add_note("what was to be filled is partly overwritten: restore another commit into it")
+            raise
         for _, _, put in self._values:
-            put(next(found))
+            put(found.popleft())
         for rebuild in reversed(self._rebuilds):  # inner tuples were noted after the outer ones
             rebuild()
-        for load in self._loads:
-            self._load(load, next(found), strict)
-        leftover = {path: next(found) for path in spare}
-        return Filled(leftover, tuple(self.missing), tuple(self.unexpected))
-
-    def _load(self, load: _Load, value: Any, strict: bool) -> None:
-        if torch_tensors.is_module(load.target) and isinstance(value, dict):
-            kept = {key: item for key, item in value.items() if key not in load.unfit}
-            if load.partial or not strict:
-                load.target.load_state_dict(kept, strict=False)
-                return
-        if load.partial:
-            value = _merged(load.target.state_dict(), value)
-        load.target.load_state_dict(value)
+        altered: dict[str, str] = {}
+        for load, _ in loads:
+            load.run(found.popleft(), strict)
+            altered |= load.altered(reader.grid.chunk)
+        leftover = {path: found.popleft() for path in spare}
+        return Filled(leftover, tuple(self.missing), tuple(self.unexpected), altered)
 
 
 # -- small questions ------------------------------------------------------------------------------
@@ -418,16 +430,6 @@ def _fields(target: Any) -> dict[str, Any]:
 def _refill(target: Any, value: Any) -> None:
     target.clear()
     target.extend(value)
-
-
-def _merged(current: Any, selected: Any) -> Any:
-    """`selected` laid over `current`, dict by dict."""
-    if isinstance(current, Mapping) and isinstance(selected, Mapping):
-        merged = dict(current)
-        for key, value in selected.items():
-            merged[key] = _merged(current[key], value) if key in current else value
-        return merged
-    return selected
 
 
 # -- renaming -------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ _SPARSE: Final = {
     "sparse_bsc": ("ccol_indices", "row_indices", "values"),
 }
 _QUANTIZED: Final = ("qint8", "quint8", "qint32")
+CONSTANTS: Final = ("layout", "memory_format", "qscheme")
+"""Kinds of named values of torch, each a class of the same name."""
 _SCHEMES: Final = ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
 
 
@@ -78,6 +80,11 @@ def why_not(value: Any) -> str | None:
         if needed > value.untyped_storage().nbytes():
             return "tensor whose memory has been freed (a sharding or offloading wrapper holds the data)"
     return None
+
+
+def is_initialized(tensor: Any) -> bool:
+    """Whether a tensor has a shape already; those of lazy modules get theirs later."""
+    return not isinstance(tensor, loaded().nn.parameter.UninitializedTensorMixin)
 
 
 def is_dense(tensor: Any) -> bool:
@@ -192,6 +199,14 @@ def dtype(name: str) -> Any:
     return found
 
 
+def constant(kind: str, name: str) -> Any:
+    """A layout, memory format or scheme by its name. FormatError if this torch lacks it."""
+    found = getattr(require(), name, None)
+    if not isinstance(found, getattr(require(), kind)):
+        raise FormatError(f"this torch has no {kind} {name!r}", hint='newer torch, or framework="numpy"')
+    return found
+
+
 def device(text: str) -> Any:
     """The torch device a text names. CorruptionError if there can be none."""
     try:
@@ -301,7 +316,7 @@ def restore_quantized(name: str, scheme: str, flags: int, axis: int | None, part
 
 
 def leaf(value: Any) -> tuple[int, Any] | None:
-    """(code, payload value) of a torch.Size, dtype or device; None for anything else."""
+    """(code, payload value) of a torch.Size, dtype, device or constant; None for anything else."""
     torch = loaded()
     if torch is None:
         return None
@@ -311,6 +326,9 @@ def leaf(value: Any) -> tuple[int, Any] | None:
         return codes.TORCH_DTYPE, name_of(value)
     if isinstance(value, torch.device):
         return codes.TORCH_DEVICE, str(value)
+    for kind in CONSTANTS:
+        if isinstance(value, getattr(torch, kind)):
+            return codes.TORCH_CONSTANT, [kind, name_of(value)]
     return None
 
 

@@ -324,7 +324,7 @@ def sizes(reader: ObjectReader, tree: ObjectId) -> dict[str, int]:
         return {}
     stored = load(reader, tree)
     found: dict[str, int] = {}
-    if not isinstance(stored, Branch) or stored.kind not in ("dict", "OrderedDict", "defaultdict"):
+    if not isinstance(stored, Branch) or stored.kind not in ("dict", "OrderedDict", "defaultdict", "Counter"):
         return {"": sum(entry.nbytes for entry in _entries("", stored))}
     few = len(stored.keys) <= MAX_COMPONENTS
     for key, child in zip(stored.keys, stored.children, strict=True):

@@ -121,6 +121,7 @@ def test_other_torch_values():
             "size": torch.Size([1, 2]),
             "dtype": torch.bfloat16,
             "device": torch.device("cuda:1"),
+            "constants": [torch.strided, torch.sparse_bsc, torch.channels_last_3d, torch.per_tensor_affine],
         }
     )
     assert torch.equal(torch.rand(9, generator=back["g"]), torch.rand(9, generator=generator))
