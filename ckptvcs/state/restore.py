@@ -26,13 +26,14 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ckptvcs.errors import CorruptionError, InvalidError, NotFoundError, StateMismatchError
+from ckptvcs.errors import CorruptionError, InvalidError, StateMismatchError
 from ckptvcs.ids import ObjectId
-from ckptvcs.state import paths, torch_devices, torch_tensors, tree, values
+from ckptvcs.state import paths, torch_devices, torch_objects, torch_tensors, tree, values
 from ckptvcs.state.interface import ObjectReader
 from ckptvcs.state.loading import Load, load_of
 from ckptvcs.state.materialise import Materialiser
 from ckptvcs.state.read import Branch, Compound, Stored, StoredBlob, StoredLeaf, StoredTensor, StoredTorch
+from ckptvcs.state.renaming import Renames, near_misses
 from ckptvcs.state.tensors import SHARED_NAMES, Raw, Spec, capture
 
 _Set: TypeAlias = Callable[[Any], None]
@@ -73,19 +74,20 @@ def fill(
         into: nested containers of arrays, tensors and objects; changed in place.
         only: patterns of stored paths; the rest of `into` stays as it is.
         strict: raise for any difference, before anything is changed.
-        rename: stored path prefix -> where it belongs in `into`.
+        rename: stored path, or beginning of names, -> what it is called in `into` (`renaming`).
 
     Raises:
         StateMismatchError: lists all that is missing, unexpected or of another shape, dtype or kind.
         NotFoundError: a pattern or a renamed path matches nothing.
     """
     stored = tree.load(reader, tree_id, only)
-    if rename:
-        stored = _rename(stored, rename, lenient=only is not None)
-    plan = _Plan(only, rename or {})
-    plan.match(stored, into, "", None)
+    renames = Renames(stored, rename or {}, lenient=only is not None)
+    plan = _Plan(only, renames.source)
+    plan.match(renames.stored, into, "", None)
     if strict and (plan.missing or plan.unexpected or plan.mismatched):
-        raise StateMismatchError(plan.missing, list(plan.unexpected), list(plan.mismatched.values()))
+        unexpected = list(plan.unexpected)
+        near = near_misses(plan.missing, unexpected)
+        raise StateMismatchError(plan.missing, unexpected, list(plan.mismatched.values()), near=near)
     filled = plan.carry_out(reader, strict)
     if strict and filled.altered:
         raise StateMismatchError((), (), (), altered=[f"{p} ({why})" for p, why in filled.altered.items()])
@@ -96,9 +98,9 @@ def fill(
 
 
 class _Plan:
-    def __init__(self, only: str | Sequence[str] | None, rename: Mapping[str, str]) -> None:
+    def __init__(self, only: str | Sequence[str] | None, source: Callable[[str], str]) -> None:
         self._only = None if only is None else [only] if isinstance(only, str) else list(only)
-        self._back = {new: old for old, new in rename.items()}
+        self._source = source  # of a path in the target, the path it was stored under
         self.missing: list[str] = []
         self.unexpected: dict[str, Stored] = {}
         self.mismatched: dict[str, str] = {}
@@ -136,10 +138,7 @@ class _Plan:
     def _absent(self, path: str) -> None:
         """A place in the target that the commit has nothing for: missing, if it was asked for."""
         if self._only is not None:
-            source = path
-            for new, old in self._back.items():
-                if path == new or path.startswith(new + "/"):
-                    source = old + path[len(new) :]
+            source = self._source(path)
             if not any(paths.matches(pattern, source) for pattern in self._only):
                 return
         self.missing.append(path)
@@ -175,6 +174,7 @@ class _Plan:
                 self.differs(path, stored, "read-only array")
                 return
         elif torch_tensors.is_tensor(target):
+            torch_objects.refuse_sharded(target, lambda: path)
             captured = torch_devices.as_target(target)
             if captured is None:
                 self._device_tensor(stored, target, path)
@@ -336,12 +336,6 @@ class _Plan:
         )
         self._loads.append(load_of(self, path, stored, target, partial))
 
-    def _source(self, path: str) -> str:
-        for new, old in self._back.items():
-            if path == new or path.startswith(new + "/"):
-                return old + path[len(new) :]
-        return path
-
     # -- doing it ---------------------------------------------------------------------------------
 
     def carry_out(self, reader: ObjectReader, strict: bool) -> Filled:
@@ -430,67 +424,3 @@ def _fields(target: Any) -> dict[str, Any]:
 def _refill(target: Any, value: Any) -> None:
     target.clear()
     target.extend(value)
-
-
-# -- renaming -------------------------------------------------------------------------------------
-
-
-def _rename(root: Stored, rename: Mapping[str, str], lenient: bool) -> Stored:
-    """The tree with each `old` subtree moved to `new`. All are taken out before any is put back."""
-    moved = []
-    for old, new in rename.items():
-        taken, root = _take(root, paths.split(old))
-        if taken is not None:
-            moved.append((new, taken))
-        elif not lenient:
-            near = paths.nearest(old, tree.known_paths(root))
-            raise NotFoundError(
-                f"nothing in this commit is called {old!r}, which `rename` names",
-                hint=f"near: {', '.join(near)}" if near else None,
-            )
-    for new, taken in moved:
-        root = _put(root, paths.split(new), taken, new)
-    return root
-
-
-def _take(node: Stored, components: Sequence[str]) -> tuple[Stored | None, Stored]:
-    if not components:
-        return node, Branch("dict", [], [], _make_dict)
-    if isinstance(node, Branch):
-        for at, key in enumerate(node.keys):
-            if components[0] in (paths.name(key), key):
-                taken, rest = _take(node.children[at], components[1:])
-                if taken is None:
-                    return None, node
-                keys, children = list(node.keys), list(node.children)
-                if len(components) == 1 or (isinstance(rest, Branch) and not rest.children):
-                    del keys[at], children[at]
-                else:
-                    children[at] = rest
-                return taken, Branch(node.kind, keys, children, node.make)
-    return None, node
-
-
-def _put(node: Stored, components: Sequence[str], taken: Stored, new: str) -> Stored:
-    if not components:
-        if isinstance(node, Branch) and isinstance(taken, Branch) and node.kind == taken.kind:
-            return Branch(node.kind, node.keys + taken.keys, node.children + taken.children, taken.make)
-        return taken
-    if not isinstance(node, Branch) or node.kind not in _MAPS:
-        raise InvalidError(f"rename to {new!r}: a {node.kind} is in the way")
-    keys, children = list(node.keys), list(node.children)
-    for at, key in enumerate(keys):
-        if components[0] in (paths.name(key), key):
-            if len(components) == 1:
-                raise InvalidError(f"rename to {new!r}: the commit has that name already")
-            children[at] = _put(children[at], components[1:], taken, new)
-            break
-    else:
-        keys.append(paths.key(components[0]))
-        empty = Branch("dict", [], [], _make_dict)
-        children.append(_put(empty, components[1:], taken, new) if components[1:] else taken)
-    return Branch(node.kind, keys, children, node.make)
-
-
-def _make_dict(keys: list[Any], found: list[Any]) -> dict[Any, Any]:
-    return dict(zip(keys, found, strict=True))
