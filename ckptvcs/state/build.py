@@ -342,6 +342,16 @@ class Builder:
         inner = self._entries(fields, trail, depth + 1, in_key)
         return Tag(codes.DATACLASS, [self._leaf(encode(name)), inner])
 
+    def _tensor_subclass(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        if in_key:
+            return self._refuse(trail, "tensor as a key or in a set")
+        head = self._fields([value.type, list(value.shape), value.flags])
+        parts = [
+            (encode(name), self._node(part, (trail, name), depth + 1)) for name, part in value.parts.items()
+        ]
+        context = self._node(value.context, (trail, None), depth + 1)
+        return Tag(codes.TORCH_SUBCLASS, [*head, MapNode(parts), context])
+
     def _expand(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         if in_key:
             return self._refuse(trail, f"{type(value).__name__} as a key or in a set")
@@ -384,6 +394,10 @@ class Builder:
 
     def _torch(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         torch_objects.refuse_sharded(value, lambda: _path(trail))
+        if not in_key and (apart := torch_tensors.subclass(value)):
+            self._kept.append(apart)
+            stand_in = values.TensorSubclassValue(*apart)
+            return self._node(stand_in, trail, depth)
         why = "tensor as a key or in a set" if in_key else torch_tensors.why_not(value)
         if why:
             return self._refuse(trail, why)
@@ -446,6 +460,7 @@ _HANDLERS: Final[dict[type, _Handler]] = {
     slice: Builder._slice,
     values.EnumValue: Builder._enum,
     values.DataclassValue: Builder._dataclass,
+    values.TensorSubclassValue: Builder._tensor_subclass,
     np.memmap: Builder._memmap,
 } | dict.fromkeys(values.LEAF_TYPES, Builder._plain)
 
@@ -461,6 +476,7 @@ _CONTAINERS: Final = {
     Builder._deque,
     Builder._namespace,
     Builder._dataclass,
+    Builder._tensor_subclass,
     Builder._expand,
 }
 
@@ -527,6 +543,8 @@ def _why_unsupported(value: object) -> str:
     for base, convert in _SUBCLASSES.items():
         if isinstance(value, base):
             return f"{kind.__name__}, a subclass of {base.__name__}; convert it with {convert}"
+    if torch_tensors.is_storage(value):
+        return f"torch storage {kind.__name__}; store a tensor over it"
     if callable(value):
         return f"callable {kind.__qualname__}"
     if isinstance(value, (np.random.Generator, np.random.RandomState, np.random.BitGenerator)):

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from ckptvcs.errors import InvalidError
 from ckptvcs.state import paths, torch_objects, torch_tensors
-from ckptvcs.state.read import Branch, Stored, StoredLeaf, StoredTensor
+from ckptvcs.state.read import Branch, Compound, Stored, StoredLeaf, StoredTensor
 from ckptvcs.state.tensors import Spec
 from ckptvcs.state.verify import differences
 
@@ -34,6 +34,9 @@ class Planning(Protocol):
 
     def differs(self, path: str, stored: Stored, why: str) -> None:
         """Note what cannot be filled."""
+
+    def fill_subclass(self, stored: Compound, target: Any, path: str) -> bool:
+        """The same for a tensor of a class of its own; False if it is not of the same make."""
 
     def fill(self, stored: StoredTensor, tensor: Any, path: str) -> bool:
         """Have a torch tensor filled where it is, before anything is loaded; False if it cannot be."""
@@ -79,8 +82,26 @@ def load_of(plan: Planning, path: str, stored: Stored, target: Any, partial: boo
     if isinstance(stored, Branch) and torch_tensors.is_module(target):
         return _ModuleLoad(plan, path, stored, target, partial)
     if isinstance(stored, Branch) and torch_objects.is_optimizer(target):
-        return _OptimizerLoad(plan, path, stored, target, partial)
-    return Load(path, stored, target, partial)
+        load: Load = _OptimizerLoad(plan, path, stored, target, partial)
+    else:
+        load = Load(path, stored, target, partial)
+    if load.handed is not None and (unmade := list(_subclasses(load.handed))):
+        plan.differs(path, stored, _without_class(unmade[0]))
+        load.handed = None
+    return load
+
+
+def _subclasses(stored: Stored) -> Iterator[Compound]:
+    if isinstance(stored, Compound) and stored.kind == "subclass":
+        yield stored
+    elif isinstance(stored, Branch):
+        for child in stored.children:
+            yield from _subclasses(child)
+
+
+def _without_class(stored: Compound) -> str:
+    kind = stored.dtype.rpartition(":")[2]
+    return f"a {kind} cannot be made without its class; there must be one of the same make to be filled"
 
 
 def _never(stored: StoredTensor, live: Any) -> bool:
@@ -120,6 +141,11 @@ class _ModuleLoad(Load):
                 elif names.place(key).plain and plan.fill(child, place, below):
                     self._filled[id(child)] = place.data_ptr()
                     given = _live(place)
+            elif isinstance(child, Compound) and child.kind == "subclass":
+                if not plan.fill_subclass(child, place, below):
+                    plan.differs(below, child, _without_class(child))
+                    continue
+                given = _live(place)
             elif torch_tensors.is_tensor(place) != _is_tensor(child):
                 plan.differs(below, child, f"{child.kind} stored, {type(place).__name__} to be filled")
                 continue
@@ -257,6 +283,9 @@ class _OptimizerLoad(Load):
                     self._filled[id(stored)] = live.data_ptr()
                     return _live(live)
             return stored
+        if isinstance(stored, Compound):
+            subclass = stored.kind == "subclass" and plan.fill_subclass(stored, live, path)
+            return _live(live) if subclass else stored
         if not isinstance(stored, Branch):
             return stored
         if isinstance(live, Mapping):

@@ -126,7 +126,8 @@ class Branch(Stored):
 
 @dataclass(slots=True)
 class Compound(Branch):
-    """A sparse or quantised tensor or a generator: one value to people, several tensors in the tree."""
+    """A sparse or quantised tensor, one of a class of its own, or a generator: one value to people, several
+    in the tree. Of a subclass the last child, under None, is its context, and `dtype` is its type's name."""
 
     dtype: str = ""
     shape: tuple[int, ...] = ()
@@ -669,6 +670,22 @@ class Loader:
 
         return Compound("generator", ["state"], [state], make)
 
+    def _subclass(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        name, lengths, flags, inner, context = self._fields(value, opened, 5)
+        if type(name) is not str or flags not in _TORCH_FLAGS:
+            raise CorruptionError(f"{opened.where}: an impossible tensor of a class of its own")
+        shape = self._shape(lengths, opened)
+        parts = self._map("dict", inner, opened, paths.EVERYTHING, depth + 1, _make_dict)
+        if not all(type(key) is str for key in parts.keys):
+            raise CorruptionError(f"{opened.where}: a part of a tensor whose name is no text")
+        rest = self.node(context, opened, paths.EVERYTHING, depth + 1)
+
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            made = dict(zip(keys[:-1], found[:-1], strict=True))
+            return values.TensorSubclassValue(name, shape, flags, made, found[-1])
+
+        return Compound("subclass", [*parts.keys, None], [*parts.children, rest], make, name, shape)
+
     # -- files ------------------------------------------------------------------------------------
 
     def _file(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
@@ -742,6 +759,7 @@ _CONTAINERS: Final = frozenset(
         codes.NAMESPACE,
         codes.SIMPLE_NAMESPACE,
         codes.DATACLASS,
+        codes.TORCH_SUBCLASS,
     )
 )
 
@@ -780,6 +798,7 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     codes.TORCH_DEVICE: Loader._torch_leaf,
     codes.TORCH_GENERATOR: Loader._generator,
     codes.TORCH_CONSTANT: Loader._torch_leaf,
+    codes.TORCH_SUBCLASS: Loader._subclass,
     codes.SUBTREE: Loader._subtree,
     codes.FILE: Loader._file,
     codes.LINK: Loader._link,

@@ -35,6 +35,7 @@ from ckptvcs.state.materialise import Materialiser
 from ckptvcs.state.read import Branch, Compound, Stored, StoredBlob, StoredLeaf, StoredTensor, StoredTorch
 from ckptvcs.state.renaming import Renames, near_misses
 from ckptvcs.state.tensors import SHARED_NAMES, Raw, Spec, capture
+from ckptvcs.state.verify import differences
 
 _Set: TypeAlias = Callable[[Any], None]
 
@@ -202,6 +203,10 @@ class _Plan:
         self._into(stored, captured[1], 0, path)
         return True
 
+    def fill_subclass(self, stored: Compound, target: Any, path: str) -> bool:
+        parts = _of_same_make(stored, target)
+        return parts is not None and all(self.fill(child, part, path) for child, part in parts)
+
     def _into(self, stored: StoredTensor, raw: Raw, swapped: int, path: str) -> None:
         if self._first(stored, (raw.__array_interface__["data"][0], raw.shape, raw.strides), path):
             self._fills.append((stored, raw, swapped))
@@ -239,6 +244,16 @@ class _Plan:
                 state = stored.children[0]
                 self._values.append((path, state, lambda value: torch_tensors.set_generator(target, value)))
                 return
+        elif stored.kind == "subclass":
+            if put is not None and isinstance(target, values.TensorSubclassValue):
+                self._values.append((path, stored, put))
+                return
+            if self.fill_subclass(stored, target, path):
+                return
+            kind = stored.dtype.rpartition(":")[2]
+            why = f"a {kind} cannot be made without its class; have one of the same make in its place"
+            self.differs(path, stored, f"{why}, not {type(target).__name__}")
+            return
         elif torch_tensors.is_tensor(target) and tuple(target.shape) == stored.shape and put is not None:
             self._values.append((path, stored, put))
             return
@@ -375,6 +390,29 @@ def _setter(put: Callable[[Any, Any], None], key: Any) -> _Set:
     return lambda value: put(key, value)
 
 
+def _of_same_make(stored: Compound, target: Any) -> list[tuple[StoredTensor, Any]] | None:
+    """The tensors in a tensor subclass, each with what is stored for it; None if it is of another make."""
+    apart = torch_tensors.subclass(target) if torch_tensors.is_tensor(target) else None
+    if apart is None or (apart.type, apart.shape) != (stored.dtype, stored.shape):
+        return None
+    *children, context = stored.children
+    if list(apart.parts) != stored.keys[:-1] or differences(context, apart.context, "", 1, lambda *_: False):
+        return None
+    found: list[tuple[StoredTensor, Any]] = []
+    for child, part in zip(children, apart.parts.values(), strict=True):
+        inner = _of_same_make(child, part) if isinstance(child, Compound) else None
+        if inner is not None:
+            found += inner
+            continue
+        if not isinstance(child, StoredTensor) or not torch_tensors.is_dense(part):
+            return None
+        spec = torch_tensors.spec_of(part)
+        if (spec.dtype, spec.shape) != (child.spec.dtype, child.spec.shape):
+            return None
+        found.append((child, part))
+    return found
+
+
 def _describe(spec: Spec) -> str:
     return f"{spec.framework} {spec.dtype}{list(spec.shape)}"
 
@@ -406,7 +444,7 @@ def _has_attributes(value: Any) -> bool:
     return (
         dataclasses.is_dataclass(value)
         and not isinstance(value, type)
-        and not isinstance(value, (values.EnumValue, values.DataclassValue))
+        and not isinstance(value, (values.EnumValue, values.DataclassValue, values.TensorSubclassValue))
     )
 
 

@@ -342,6 +342,14 @@ def _preview(value: object) -> str:
     return text if len(text) <= _PREVIEW else text[: _PREVIEW - 1] + "…"
 
 
+def _tensors_in(node: Branch) -> Iterator[StoredTensor]:
+    for child in node.children:
+        if isinstance(child, StoredTensor):
+            yield child
+        elif isinstance(child, Branch):
+            yield from _tensors_in(child)
+
+
 def _entries(path: str, node: Stored) -> Iterator[Entry]:
     if isinstance(node, StoredLeaf):
         yield Entry(path, node.kind, None, None, node.nbytes, 0, _preview(node.value))
@@ -353,11 +361,11 @@ def _entries(path: str, node: Stored) -> Iterator[Entry]:
     elif isinstance(node, StoredBlob):
         yield Entry(path, node.kind, None, None, node.content.nbytes, node.content.cells or 0, "")
     elif isinstance(node, Compound):
-        inner = [child for child in node.children if isinstance(child, StoredTensor)]
+        inner = list(_tensors_in(node))
         yield Entry(
             path,
             node.kind,
-            node.dtype or None,
+            node.dtype.rpartition(":")[2] or None,
             node.shape if node.dtype else None,
             sum(child.spec.nbytes for child in inner),
             sum(child.content.cells or 0 for child in inner),

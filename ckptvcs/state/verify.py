@@ -115,6 +115,10 @@ def _parts_of(stored: Compound, live: Any) -> Mapping[Any, Any] | None:
         return None if state is None else {"state": state[1]}
     if not torch_tensors.is_tensor(live) or tuple(live.shape) != stored.shape:
         return None
+    if stored.kind == "subclass":
+        apart = torch_tensors.subclass(live)
+        same = apart is not None and apart.type == stored.dtype
+        return {**apart.parts, None: apart.context} if apart is not None and same else None
     sparse, quantized = torch_tensors.sparse(live), torch_tensors.quantized(live)
     return sparse[2] if sparse else quantized[4] if quantized else None
 
