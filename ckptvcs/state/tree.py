@@ -6,6 +6,7 @@ into objects, `read` does the reverse.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ckptvcs.state.build import FILES, MAX_COMPONENTS, Builder, FileContent, Fol
 from ckptvcs.state.interface import ObjectReader, ObjectWriter, Source
 from ckptvcs.state.materialise import Devices, Materialiser, resolve
 from ckptvcs.state.nodes import Content, Context, Node, Trees
+from ckptvcs.state.parameters import parameter_names
 from ckptvcs.state.read import (
     Branch,
     Compound,
@@ -301,6 +303,8 @@ class Entry:
         nbytes: logical bytes.
         chunks: number of chunks; 0 when it lives in the tree.
         preview: a short text of a value that is read already, else "".
+        parameter: the name of the parameter that an optimizer's entry belongs to, where it is known, else ""
+            (`parameters`).
     """
 
     path: str
@@ -310,12 +314,26 @@ class Entry:
     nbytes: int
     chunks: int
     preview: str
+    parameter: str = ""
 
 
 def entries(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None) -> Iterator[Entry]:
     """The leaves of a state in order, without reading chunks; nothing if the tree has no state."""
     if parts(reader, tree).state:
-        yield from _entries("", load(reader, tree, only))
+        stored = load(reader, tree, only)
+        names = parameter_names(stored if only is None else load(reader, tree))
+        for entry in _entries("", stored):
+            name = _above(entry.path, names)
+            yield dataclasses.replace(entry, parameter=name) if name else entry
+
+
+def _above(path: str, names: dict[str, str]) -> str:
+    """What `names` says of a path, or of the nearest one above it."""
+    while names and path not in names:
+        path, slash, _ = path.rpartition("/")
+        if not slash:
+            return ""
+    return names.get(path, "")
 
 
 def sizes(reader: ObjectReader, tree: ObjectId) -> dict[str, int]:
