@@ -13,7 +13,7 @@ import numpy as np
 
 from ckptvcs.canonical import Tagged, encode
 from ckptvcs.errors import InvalidError, UnsupportedStateError
-from ckptvcs.state import codes, paths, torch_devices, torch_objects, torch_tensors, values
+from ckptvcs.state import codes, configs, paths, torch_devices, torch_objects, torch_tensors, values
 from ckptvcs.state.interface import Source
 from ckptvcs.state.nodes import Content, Context, Data, Leaf, ListNode, MapNode, Node, Tag, TensorNode
 from ckptvcs.state.tensors import (
@@ -332,6 +332,11 @@ class Builder:
         code = values.namespace_code(value) or 0
         return Tag(code, [self._entries(vars(value), trail, depth + 1, in_key)], single=True)
 
+    def _config(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        plain = configs.plain(value)
+        self._kept.append(plain)
+        return self._node(plain, trail, depth, in_key)
+
     def _dataclass(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         if isinstance(value, values.DataclassValue):
             name, fields = value.type, value.fields
@@ -506,6 +511,8 @@ def _handler(value: Any) -> _Handler | None:
         return Builder._namedtuple
     if values.namespace_code(value) is not None:
         return Builder._namespace
+    if configs.is_config(value):
+        return Builder._config
     if not isinstance(value, type):
         if callable(getattr(value, "state_dict", None)):
             return Builder._expand

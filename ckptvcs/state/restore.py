@@ -28,7 +28,7 @@ import numpy as np
 
 from ckptvcs.errors import CorruptionError, InvalidError, StateMismatchError
 from ckptvcs.ids import ObjectId
-from ckptvcs.state import paths, torch_devices, torch_objects, torch_tensors, tree, values
+from ckptvcs.state import configs, paths, torch_devices, torch_objects, torch_tensors, tree, values
 from ckptvcs.state.interface import ObjectReader
 from ckptvcs.state.loading import Load, load_of
 from ckptvcs.state.materialise import Materialiser
@@ -117,6 +117,10 @@ class _Plan:
         """Find the place of a stored node in `target`, which `put` replaces."""
         if not isinstance(target, type) and callable(getattr(target, "load_state_dict", None)):
             self._object(stored, target, path)
+        elif configs.is_config(target):
+            live = configs.plain(target)
+            self._rebuilds.append(lambda: configs.write_back(target, live))
+            self.match(stored, live, path, None)
         elif isinstance(stored, StoredTensor):
             self._tensor(stored, target, path, put)
         elif target is None or _is_plain(target):
@@ -426,6 +430,8 @@ def _is_plain(value: Any) -> bool:
     """Whether a value of the target is replaced rather than filled."""
     if isinstance(value, (list, MutableMapping, collections.deque, np.ndarray)) or value is None:
         return value is None
+    if configs.is_config(value):
+        return False
     if isinstance(value, tuple):
         return torch_tensors.leaf(value) is not None
     if torch_tensors.is_tensor(value) or torch_tensors.generator_state(value) is not None:
