@@ -80,7 +80,9 @@ def load_of(plan: Planning, path: str, stored: Stored, target: Any, partial: boo
     """How to load a stored subtree into an object. What does not fit is noted in the plan."""
     torch_objects.refuse_sharded(target, lambda: path)
     if isinstance(stored, Branch) and torch_tensors.is_module(target):
-        return _ModuleLoad(plan, path, stored, target, partial)
+        live = target.state_dict()
+        if isinstance(live, Mapping) and all(type(key) is str for key in live):
+            return _ModuleLoad(plan, path, stored, target, live, partial)
     if isinstance(stored, Branch) and torch_objects.is_optimizer(target):
         load: Load = _OptimizerLoad(plan, path, stored, target, partial)
     else:
@@ -117,10 +119,17 @@ def _live(tensor: Any) -> StoredLeaf:
 
 
 class _ModuleLoad(Load):
-    def __init__(self, plan: Planning, path: str, stored: Branch, target: Any, partial: bool) -> None:
+    def __init__(
+        self,
+        plan: Planning,
+        path: str,
+        stored: Branch,
+        target: Any,
+        live: Mapping[str, Any],
+        partial: bool,
+    ) -> None:
         super().__init__(path, stored, target, partial)
         names = torch_objects.ModuleNames(target)
-        live = target.state_dict()
         self._entries: list[tuple[str, Stored, Any]] = []
         self._filled: dict[int, int] = {}
         self._assign = False
@@ -129,7 +138,7 @@ class _ModuleLoad(Load):
         for below, child, key in plan.children(stored, path, _places(names, live, stored, path)):
             place = live[key]
             given: Stored = child
-            if type(key) is str and key.endswith(torch_objects.EXTRA_STATE):
+            if key.endswith(torch_objects.EXTRA_STATE):
                 pass  # its module knows what to make of it
             elif isinstance(child, StoredTensor) and torch_tensors.is_tensor(place):
                 if not torch_tensors.is_initialized(place):
@@ -190,12 +199,14 @@ class _ModuleLoad(Load):
         return found
 
 
-def _places(names: torch_objects.ModuleNames, live: Any, stored: Branch, path: str) -> dict[str, Any]:
+def _places(
+    names: torch_objects.ModuleNames, live: Mapping[str, Any], stored: Branch, path: str
+) -> dict[str, Any]:
     """Component name -> key of the module's state_dict()."""
     own = {paths.name(key): key for key in live}
     plain: dict[str, Any] = {}
     for key in live:
-        name = paths.name(names.place(key).name if type(key) is str else key)
+        name = paths.name(names.place(key).name)
         if name in plain:
             raise InvalidError(
                 f"{paths.join(path, name)}: two entries have this name without the names of wrapping modules"
@@ -232,8 +243,7 @@ class _OptimizerLoad(Load):
             self._place = dict(enumerate(self._parameters))
             return
         if given != groups:
-            why = f"groups of {given} parameters stored, {groups} to be filled"
-            plan.differs(paths.join(path, "param_groups"), _child(stored, "param_groups"), why)
+            plan.differs(path, stored, f"groups of {given} parameters stored, {groups} to be filled")
             self.handed = None
             return
         self._place = dict(zip((n for group in self._numbers for n in group), self._parameters, strict=True))
@@ -310,7 +320,7 @@ class _OptimizerLoad(Load):
         if self._partial:
             value = _merged(self._target.state_dict(), value)
         self._target.load_state_dict(value)
-        if self._plain:
+        if torch_objects.casts(self._target):
             for key, given in value["state"].items():
                 live = self._live_state(key)
                 if live is not None:

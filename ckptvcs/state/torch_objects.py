@@ -220,6 +220,12 @@ _OPTIMIZER_HOOKS: Final = (
 )
 
 
+def casts(optimizer: Any) -> bool:
+    """Whether an optimizer loads by torch's own method, which casts state to the dtype of the parameter."""
+    own, kind = vars(optimizer), type(optimizer)
+    return "load_state_dict" not in own and kind.load_state_dict.__module__ == "torch.optim.optimizer"
+
+
 def is_plain_optimizer(optimizer: Any) -> bool:
     """Whether an optimizer loads as `torch.optim.Optimizer` does: tensors become its state as they are, or
     cast."""

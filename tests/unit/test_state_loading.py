@@ -458,7 +458,7 @@ def test_groups_and_shapes_are_compared_before_anything_is_changed():
     split = torch.optim.AdamW(
         [{"params": list(other.parameters())[:2]}, {"params": list(other.parameters())[2:]}]
     )
-    with pytest.raises(StateMismatchError, match=r"o/param_groups .groups of \[6\] .*\[2, 4\]"):
+    with pytest.raises(StateMismatchError, match=r"o .groups of \[6\] .*\[2, 4\]"):
         fill(store, id, {"m": other, "o": split})
     assert difference(before, other.state_dict()) is None
     head = nn.Sequential(*net()[:2], nn.Linear(30, 5))
@@ -476,3 +476,43 @@ def test_groups_and_shapes_are_compared_before_anything_is_changed():
     assert list(again.state_dict()["state"]) == [0, 1, 2, 3]
     assert torch.equal(head[0].weight, model[0].weight)
     train(head, again)
+
+
+class Older(torch.optim.AdamW):
+    """As most optimizers from elsewhere: knows how to unpickle what earlier versions wrote."""
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("trust", 1)
+
+
+def test_casts_of_optimizers_from_elsewhere_are_undone():
+    model, optimizer = halves(torch.float32)
+    store, id = stored({"o": optimizer})
+    again = Older(copy.deepcopy(model).parameters(), lr=0.1)
+    fill(store, id, {"o": again})
+    assert difference(optimizer.state_dict()["state"], again.state_dict()["state"]) is None
+    assert again.param_groups[0]["trust"] == 1
+
+
+class Own(nn.Module):
+    """Has a state that is none of names and tensors."""
+
+    def __init__(self, items):
+        super().__init__()
+        self.items = items
+
+    def state_dict(self):
+        return self.items
+
+    def load_state_dict(self, items):
+        self.items = items
+
+
+def test_modules_whose_state_is_something_else():
+    store, id = stored({"a": Own([1, torch.ones(300)]), "b": Own({1: torch.ones(300), "n": {"deep": 2}})})
+    into = {"a": Own([]), "b": Own({1: None, "n": None})}
+    fill(store, id, into)
+    assert into["a"].items[0] == 1
+    assert torch.equal(into["b"].items[1], torch.ones(300))
