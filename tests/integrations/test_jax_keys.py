@@ -1,49 +1,25 @@
-"""Keys of the real jax: typed, raw, several at once, and of another algorithm."""
+"""Keys of the real jax, in a process of its own (`tests/integrations/jax_keys.py`)."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from ckptvcs import InvalidError, Repo, StateMismatchError, rng
-
-pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 
 
-def test_keys_come_back(repo: Repo) -> None:
-    mine = rng.Generators(
-        typed=jax.random.key(3),
-        raw=jax.random.PRNGKey(4),
-        several=jax.random.split(jax.random.key(1, impl="rbg"), 3),
-        unsafe=jax.random.key(5, impl="unsafe_rbg"),
+@pytest.mark.slow
+def test_keys_of_jax(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integrations.jax_keys", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-
-    def draw() -> list[float]:
-        several = jax.vmap(jax.random.normal)(mine["several"])
-        single = [jax.random.normal(mine[name]) for name in ("typed", "raw", "unsafe")]
-        return [float(value) for value in (*single, *several)]
-
-    repo.commit({"rng": mine})
-    expected, kinds = draw(), {name: key.dtype for name, key in mine.items()}
-    for name in mine:
-        mine[name] = (
-            jax.vmap(jax.random.split)(mine[name])[:, 0]
-            if name == "several"
-            else jax.random.split(mine[name])[0]
-        )
-    assert draw() != expected
-    repo.restore({"rng": mine})
-    assert draw() == expected
-    assert {name: key.dtype for name, key in mine.items()} == kinds
-
-
-def test_what_is_no_key(repo: Repo) -> None:
-    with pytest.raises(InvalidError, match="x: a ArrayImpl is no random generator"):
-        rng.capture(x=jnp.zeros(2))
-    state = rng.capture(x=jax.random.key(1))
-    with pytest.raises(StateMismatchError, match="given/y"):
-        rng.restore(state, y=jax.random.key(2))
-    state["given"]["x"]["key"] = state["given"]["x"]["key"][:1]
-    with pytest.raises(InvalidError, match="jax does not take this key"):
-        rng.restore(state, x=jax.random.key(1))
+    assert done.returncode == 0, done.stderr
