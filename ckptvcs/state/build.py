@@ -15,6 +15,7 @@ from ckptvcs.canonical import Tagged, encode
 from ckptvcs.errors import InvalidError, UnsupportedStateError
 from ckptvcs.state import (
     codes,
+    configs,
     generators,
     paths,
     torch_devices,
@@ -403,6 +404,9 @@ class Builder:
             )
         return Tag(codes.DEFAULT_DICT, [self._leaf(encode(name)), self._entries(value, trail, depth, in_key)])
 
+    def _counter(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        return Tag(codes.COUNTER, [self._entries(value, trail, depth, in_key)], single=True)
+
     def _deque(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         return Tag(codes.DEQUE, [self._leaf(encode(value.maxlen)), self._items(value, trail, depth, in_key)])
 
@@ -415,6 +419,11 @@ class Builder:
         code = values.namespace_code(value) or 0
         return Tag(code, [self._entries(vars(value), trail, depth + 1, in_key)], single=True)
 
+    def _config(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        plain = configs.plain(value)
+        self._kept.append(plain)
+        return self._node(plain, trail, depth, in_key)
+
     def _dataclass(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         if isinstance(value, values.DataclassValue):
             name, fields = value.type, value.fields
@@ -424,6 +433,16 @@ class Builder:
         self._kept.append(fields)
         inner = self._entries(fields, trail, depth + 1, in_key)
         return Tag(codes.DATACLASS, [self._leaf(encode(name)), inner])
+
+    def _tensor_subclass(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        if in_key:
+            return self._refuse(trail, "tensor as a key or in a set")
+        head = self._fields([value.type, list(value.shape), value.flags])
+        parts = [
+            (encode(name), self._node(part, (trail, name), depth + 1)) for name, part in value.parts.items()
+        ]
+        context = self._node(value.context, (trail, None), depth + 1)
+        return Tag(codes.TORCH_SUBCLASS, [*head, MapNode(parts), context])
 
     def _expand(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         if in_key:
@@ -472,6 +491,10 @@ class Builder:
 
     def _torch(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         torch_objects.refuse_sharded(value, lambda: _path(trail))
+        if not in_key and (apart := torch_tensors.subclass(value)):
+            self._kept.append(apart)
+            stand_in = values.TensorSubclassValue(*apart)
+            return self._node(stand_in, trail, depth)
         why = "tensor as a key or in a set" if in_key else torch_tensors.why_not(value)
         if why:
             return self._refuse(trail, why)
@@ -535,10 +558,12 @@ _HANDLERS: Final[dict[type, _Handler]] = {
     frozenset: Builder._set,
     collections.OrderedDict: Builder._ordered,
     collections.defaultdict: Builder._defaultdict,
+    collections.Counter: Builder._counter,
     collections.deque: Builder._deque,
     slice: Builder._slice,
     values.EnumValue: Builder._enum,
     values.DataclassValue: Builder._dataclass,
+    values.TensorSubclassValue: Builder._tensor_subclass,
     np.memmap: Builder._memmap,
 } | dict.fromkeys(values.LEAF_TYPES, Builder._plain)
 
@@ -550,9 +575,11 @@ _CONTAINERS: Final = {
     Builder._set,
     Builder._ordered,
     Builder._defaultdict,
+    Builder._counter,
     Builder._deque,
     Builder._namespace,
     Builder._dataclass,
+    Builder._tensor_subclass,
     Builder._expand,
 }
 
@@ -584,6 +611,8 @@ def _handler(value: Any) -> _Handler | None:
         return Builder._namedtuple
     if values.namespace_code(value) is not None:
         return Builder._namespace
+    if configs.is_config(value):
+        return Builder._config
     if not isinstance(value, type):
         if callable(getattr(value, "state_dict", None)):
             return Builder._expand
@@ -621,6 +650,8 @@ def _why_unsupported(value: object) -> str:
     for base, convert in _SUBCLASSES.items():
         if isinstance(value, base):
             return f"{kind.__name__}, a subclass of {base.__name__}; convert it with {convert}"
+    if torch_tensors.is_storage(value):
+        return f"torch storage {kind.__name__}; store a tensor over it"
     if callable(value):
         return f"callable {kind.__qualname__}"
     return f"class {kind.__qualname__} has no state_dict()"

@@ -45,6 +45,9 @@ exception: a table with repetitions and no body.
      44   TORCH_DTYPE       dtype name
      45   TORCH_DEVICE      text, such as "cpu" or "cuda:1"
      46   TORCH_GENERATOR   [device text, TENSOR of the state]
+     47   COUNTER           map   (collections.Counter)
+     48   TORCH_SUBCLASS    [type name, shape, flags, {component name: node}, node of the context]
+     49   TORCH_CONSTANT    [kind, name]: "layout", "memory_format" or "qscheme"
      60   SUBTREE           pos of a tree whose body is the node
      61   MAP_PAGES         [level, [pos, ...]] of trees: dicts at level 0, else MAP_PAGES one level less
      62   LIST_PAGES        [level, [pos, ...]] likewise with lists
@@ -130,6 +133,9 @@ TORCH_SIZE: Final = 43
 TORCH_DTYPE: Final = 44
 TORCH_DEVICE: Final = 45
 TORCH_GENERATOR: Final = 46
+COUNTER: Final = 47
+TORCH_SUBCLASS: Final = 48
+TORCH_CONSTANT: Final = 49
 SUBTREE: Final = 60
 MAP_PAGES: Final = 61
 LIST_PAGES: Final = 62

@@ -250,7 +250,11 @@ class Materialiser:
         elif isinstance(node, StoredBlob):
             self._blobs.append((path, node))
         elif isinstance(node, Branch):
-            if isinstance(node, Compound) and node.kind != "generator" and self._framework == "numpy":
+            if (
+                isinstance(node, Compound)
+                and node.kind in ("sparse", "quantized")
+                and self._framework == "numpy"
+            ):
                 raise InvalidError(f"{path}: a {node.kind} torch tensor has no numpy form")
             for key, child in zip(node.keys, node.children, strict=True):
                 self._collect(paths.join(path, paths.name(key)), child)

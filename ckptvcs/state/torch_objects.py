@@ -220,6 +220,12 @@ _OPTIMIZER_HOOKS: Final = (
 )
 
 
+def casts(optimizer: Any) -> bool:
+    """Whether an optimizer loads by torch's own method, which casts state to the dtype of the parameter."""
+    own, kind = vars(optimizer), type(optimizer)
+    return "load_state_dict" not in own and kind.load_state_dict.__module__ == "torch.optim.optimizer"
+
+
 def is_plain_optimizer(optimizer: Any) -> bool:
     """Whether an optimizer loads as `torch.optim.Optimizer` does: tensors become its state as they are, or
     cast."""
@@ -230,17 +236,8 @@ def is_plain_optimizer(optimizer: Any) -> bool:
     ) and not any(own.get(name) for name in _OPTIMIZER_HOOKS)
 
 
-def optimizer_state(optimizer: Any) -> dict[int, Any]:
-    """An optimizer's live state by the number of its parameter, in the order of its groups."""
-    found: dict[int, Any] = {}
-    known: dict[int, int] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            number = known.setdefault(id(parameter), len(known))
-            state = optimizer.state.get(parameter)
-            if state is not None:
-                found[number] = state
-    return found
+EXTRA_STATE: Final = "_extra_state"
+"""How the name of what get_extra_state() gives ends in a module's state_dict()."""
 
 
 def is_data_loader(value: object) -> bool:

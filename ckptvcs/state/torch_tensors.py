@@ -10,13 +10,14 @@ import importlib
 import sys
 import warnings
 from collections.abc import Hashable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from ckptvcs.errors import CorruptionError, FormatError, InvalidError
 from ckptvcs.state import codes
 from ckptvcs.state.tensors import TORCH_SIZES, Place, Raw, Spec, raw_dtype
+from ckptvcs.state.values import type_name
 
 _SPARSE: Final = {
     "sparse_coo": ("indices", "values"),
@@ -26,6 +27,8 @@ _SPARSE: Final = {
     "sparse_bsc": ("ccol_indices", "row_indices", "values"),
 }
 _QUANTIZED: Final = ("qint8", "quint8", "qint32")
+CONSTANTS: Final = ("layout", "memory_format", "qscheme")
+"""Kinds of named values of torch, each a class of the same name."""
 _SCHEMES: Final = ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
 
 
@@ -63,11 +66,22 @@ def is_generator(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Generator)
 
 
+_NESTED: Final = "nested tensor; store the list that .unbind() gives, or its .values() and .offsets()"
+
+
 def why_not(value: Any) -> str | None:
     """Why a tensor cannot be stored, or None."""
     torch = loaded()
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
-        return f"tensor subclass {type(value).__name__}; convert it to a plain tensor"
+        if not is_initialized(value):
+            return "parameter of a lazy module, which has no data until the module is first called"
+        if value.is_nested:
+            return _NESTED
+        return (
+            f"tensor subclass {type(value).__name__} without __tensor_flatten__; convert it to a plain tensor"
+        )
+    if value.is_nested:
+        return _NESTED
     if value.device.type == "meta":
         return "tensor on the meta device, which has no data"
     layout = name_of(value.layout)
@@ -75,7 +89,7 @@ def why_not(value: Any) -> str | None:
         if name_of(value.dtype) not in _QUANTIZED or name_of(value.qscheme()) not in _SCHEMES:
             return f"quantised tensor of dtype {value.dtype}; store its integers and parameters"
     elif layout != "strided" and layout not in _SPARSE:
-        return f"tensor of layout {layout}"
+        return f"tensor of layout {layout}; convert it with .to_dense()"
     elif name_of(value.dtype) not in TORCH_SIZES:
         return f"tensor of dtype {value.dtype}, which this version does not know"
     elif layout == "strided" and value.numel():
@@ -84,6 +98,11 @@ def why_not(value: Any) -> str | None:
         if needed > value.untyped_storage().nbytes():
             return "tensor whose memory has been freed (a sharding or offloading wrapper holds the data)"
     return None
+
+
+def is_initialized(tensor: Any) -> bool:
+    """Whether a tensor has a shape already; those of lazy modules get theirs later."""
+    return not isinstance(tensor, loaded().nn.parameter.UninitializedTensorMixin)
 
 
 def is_dense(tensor: Any) -> bool:
@@ -204,6 +223,46 @@ def quantized(tensor: Any) -> tuple[str, str, int, int | None, dict[str, Any]] |
     return name_of(plain.dtype), scheme, flags_of(tensor), axis, parts
 
 
+class Subclass(NamedTuple):
+    """A tensor of a class of its own, taken apart.
+
+    Attributes:
+        type: "module:qualname" of the class.
+        shape: its shape.
+        flags: its flags.
+        parts: the tensors it is made of, each over the memory that it has there.
+        context: what else it takes to make it.
+    """
+
+    type: str
+    shape: tuple[int, ...]
+    flags: int
+    parts: dict[str, Any]
+    context: Any
+
+
+def subclass(tensor: Any) -> Subclass | None:
+    """A tensor subclass that can be taken apart: one that says how by `__tensor_flatten__`, or one that
+    changes no operation of torch and so is a plain tensor by another name. None for all others."""
+    torch = loaded()
+    kind = type(tensor)
+    if kind in (torch.Tensor, torch.nn.Parameter) or not is_initialized(tensor):
+        return None
+    flattens = callable(getattr(kind, "__tensor_flatten__", None))
+    relabels = kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    with torch._C.DisableTorchFunctionSubclass():
+        if tensor.is_nested or not (flattens or relabels):
+            return None
+        flags = codes.REQUIRES_GRAD if tensor.requires_grad else 0
+        flags |= codes.PARAMETER if isinstance(tensor, torch.nn.Parameter) else 0
+        name, shape = type_name(kind), tuple(tensor.shape)
+        if not flattens:
+            attributes = {key: each for key, each in vars(tensor).items() if key != "_is_param"}
+            return Subclass(name, shape, flags, {"": tensor.detach().as_subclass(torch.Tensor)}, attributes)
+    names, context = tensor.__tensor_flatten__()
+    return Subclass(name, shape, flags, {each: getattr(tensor, each) for each in names}, context)
+
+
 # -- back to torch --------------------------------------------------------------------------------
 
 
@@ -212,6 +271,14 @@ def dtype(name: str) -> Any:
     found = getattr(require(), name, None)
     if not isinstance(found, require().dtype):
         raise FormatError(f"this torch has no dtype {name!r}", hint='newer torch, or framework="numpy"')
+    return found
+
+
+def constant(kind: str, name: str) -> Any:
+    """A layout, memory format or scheme by its name. FormatError if this torch lacks it."""
+    found = getattr(require(), name, None)
+    if not isinstance(found, getattr(require(), kind)):
+        raise FormatError(f"this torch has no {kind} {name!r}", hint='newer torch, or framework="numpy"')
     return found
 
 
@@ -323,8 +390,14 @@ def restore_quantized(name: str, scheme: str, flags: int, axis: int | None, part
 # -- other torch values ---------------------------------------------------------------------------
 
 
+def is_storage(value: object) -> bool:
+    """Whether `value` is a torch storage."""
+    torch = loaded()
+    return torch is not None and isinstance(value, (torch.UntypedStorage, torch.TypedStorage))
+
+
 def leaf(value: Any) -> tuple[int, Any] | None:
-    """(code, payload value) of a torch.Size, dtype or device; None for anything else."""
+    """(code, payload value) of a torch.Size, dtype, device or constant; None for anything else."""
     torch = loaded()
     if torch is None:
         return None
@@ -334,6 +407,9 @@ def leaf(value: Any) -> tuple[int, Any] | None:
         return codes.TORCH_DTYPE, name_of(value)
     if isinstance(value, torch.device):
         return codes.TORCH_DEVICE, str(value)
+    for kind in CONSTANTS:
+        if isinstance(value, getattr(torch, kind)):
+            return codes.TORCH_CONSTANT, [kind, name_of(value)]
     return None
 
 

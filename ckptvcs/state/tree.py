@@ -6,6 +6,7 @@ into objects, `read` does the reverse.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ckptvcs.state.build import MAX_COMPONENTS, Builder, FileContent, Folder, Li
 from ckptvcs.state.interface import ObjectReader, ObjectWriter, Source
 from ckptvcs.state.materialise import Devices, Materialiser, resolve
 from ckptvcs.state.nodes import Content, Context, Node, Trees
+from ckptvcs.state.parameters import parameter_names
 from ckptvcs.state.read import (
     Branch,
     Compound,
@@ -347,6 +349,8 @@ class Entry:
         nbytes: logical bytes.
         chunks: number of chunks; 0 when it lives in the tree.
         preview: a short text of a value that is read already, else "".
+        parameter: the name of the parameter that an optimizer's entry belongs to, where it is known, else ""
+            (`parameters`).
     """
 
     path: str
@@ -356,12 +360,26 @@ class Entry:
     nbytes: int
     chunks: int
     preview: str
+    parameter: str = ""
 
 
 def entries(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None) -> Iterator[Entry]:
     """The leaves of a state in order, without reading chunks; nothing if the tree has no state."""
     if parts(reader, tree).state:
-        yield from _entries("", load(reader, tree, only))
+        stored = load(reader, tree, only)
+        names = parameter_names(stored if only is None else load(reader, tree))
+        for entry in _entries("", stored):
+            name = _above(entry.path, names)
+            yield dataclasses.replace(entry, parameter=name) if name else entry
+
+
+def _above(path: str, names: dict[str, str]) -> str:
+    """What `names` says of a path, or of the nearest one above it."""
+    while names and path not in names:
+        path, slash, _ = path.rpartition("/")
+        if not slash:
+            return ""
+    return names.get(path, "")
 
 
 def sizes(reader: ObjectReader, tree: ObjectId) -> dict[str, int]:
@@ -370,7 +388,7 @@ def sizes(reader: ObjectReader, tree: ObjectId) -> dict[str, int]:
         return {}
     stored = load(reader, tree)
     found: dict[str, int] = {}
-    if not isinstance(stored, Branch) or stored.kind not in ("dict", "OrderedDict", "defaultdict"):
+    if not isinstance(stored, Branch) or stored.kind not in ("dict", "OrderedDict", "defaultdict", "Counter"):
         return {"": sum(entry.nbytes for entry in _entries("", stored))}
     few = len(stored.keys) <= MAX_COMPONENTS
     for key, child in zip(stored.keys, stored.children, strict=True):
@@ -388,6 +406,14 @@ def _preview(value: object) -> str:
     return text if len(text) <= _PREVIEW else text[: _PREVIEW - 1] + "…"
 
 
+def _tensors_in(node: Branch) -> Iterator[StoredTensor]:
+    for child in node.children:
+        if isinstance(child, StoredTensor):
+            yield child
+        elif isinstance(child, Branch):
+            yield from _tensors_in(child)
+
+
 def _entries(path: str, node: Stored) -> Iterator[Entry]:
     if isinstance(node, StoredLeaf):
         yield Entry(path, node.kind, None, None, node.nbytes, 0, _preview(node.value))
@@ -401,11 +427,11 @@ def _entries(path: str, node: Stored) -> Iterator[Entry]:
     elif isinstance(node, StoredBlob):
         yield Entry(path, node.kind, None, None, node.content.nbytes, node.content.cells or 0, "")
     elif isinstance(node, Compound):
-        inner = [child for child in node.children if isinstance(child, StoredTensor)]
+        inner = list(_tensors_in(node))
         yield Entry(
             path,
             node.kind,
-            node.dtype or None,
+            node.dtype.rpartition(":")[2] or None,
             node.shape if node.dtype else None,
             sum(child.spec.nbytes for child in inner),
             sum(child.content.cells or 0 for child in inner),

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ckptvcs.ids import chunk_id
-from ckptvcs.state import paths, torch_devices, torch_tensors, values
+from ckptvcs.state import generators, paths, torch_devices, torch_tensors, values
 from ckptvcs.state.build import flat_encoding
 from ckptvcs.state.interface import Source
 from ckptvcs.state.read import (
@@ -22,6 +22,7 @@ from ckptvcs.state.read import (
     Stored,
     StoredBlob,
     StoredLeaf,
+    StoredRandom,
     StoredTensor,
     StoredTorch,
     torch_value,
@@ -53,6 +54,9 @@ def _compare(
     elif isinstance(stored, StoredTorch):
         made = torch_value(stored, None)
         why = None if type(made) is type(live) and made == live else f"{made!r} stored, now {live!r:.60}"
+    elif isinstance(stored, StoredRandom):
+        same = generators.holds(live, stored.code, stored.plain)
+        why = None if same else "a random generator in another state"
     elif isinstance(stored, StoredBlob):
         why = None if _same_blob(stored, live, chunk) else f"other {stored.kind}"
     elif isinstance(stored, Compound):
@@ -115,6 +119,10 @@ def _parts_of(stored: Compound, live: Any) -> Mapping[Any, Any] | None:
         return None if state is None else {"state": state[1]}
     if not torch_tensors.is_tensor(live) or tuple(live.shape) != stored.shape:
         return None
+    if stored.kind == "subclass":
+        apart = torch_tensors.subclass(live)
+        same = apart is not None and apart.type == stored.dtype
+        return {**apart.parts, None: apart.context} if apart is not None and same else None
     sparse, quantized = torch_tensors.sparse(live), torch_tensors.quantized(live)
     return sparse[2] if sparse else quantized[4] if quantized else None
 

@@ -21,6 +21,7 @@ from ckptvcs.ids import Kind
 from ckptvcs.state import tree
 from ckptvcs.state.build import FileContent, LinkContent, TensorContent
 from ckptvcs.state.tensors import BytesSource, Spec
+from ckptvcs.state.values import TensorSubclassValue
 from ckptvcs.testing.memory import MemoryStore
 
 
@@ -211,8 +212,33 @@ def tensor_files() -> tree.Folder:
     }
 
 
+class Marked(torch.Tensor):
+    """A user's tensor."""
+
+
+def later() -> dict[str, Any]:
+    """What got codes of its own after the first."""
+    data = torch.arange(3, dtype=torch.float32)
+    marked: Any = torch.nn.Parameter(data.clone()).detach().as_subclass(Marked)
+    marked.scale = 0.5
+    parts = {"a": data.clone(), "b": data + 1}
+    return {
+        "counter": collections.Counter({"x": 2, 5: 1}),
+        "constants": [torch.sparse_csr, torch.channels_last, torch.per_channel_affine],
+        "subclass": marked,
+        "stand-in": TensorSubclassValue("somewhere:Pair", (3,), 2, parts, {"axis": 0}),
+    }
+
+
 FILES = {"files": files, "tensor files": tensor_files}
-STATES = {"leaves": leaves, "arrays": arrays, "tensors": tensors, "split": split, "generators": generators}
+STATES = {
+    "leaves": leaves,
+    "arrays": arrays,
+    "tensors": tensors,
+    "split": split,
+    "later": later,
+    "generators": generators,
+}
 
 
 def written(name: str) -> tuple[MemoryStore, bytes]:
