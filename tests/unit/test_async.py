@@ -581,7 +581,7 @@ def test_a_writer_that_dies_after_the_commit_was_durable(repo: Repo) -> None:
     companion.receive = lambda: receive() and None  # type: ignore[method-assign, func-returns-value]
     made = repo.commit_async({"n": 1}, metrics={"loss": float("nan")}).result(PATIENCE)
     assert made.parents == (first.id,)
-    assert repo.resolve() .id == made.id
+    assert repo.resolve().id == made.id
     assert repo.commit_async({"n": 2}).result(PATIENCE).parents == (made.id,)
 
 
