@@ -100,29 +100,41 @@ class UnsupportedStateError(InvalidError):
 
 
 class StateMismatchError(InvalidError):
-    """`restore` found names that are missing, unexpected or of another shape or dtype."""
+    """`restore` found names that are missing, unexpected or of another shape or dtype, before it changed
+    anything; or, in `altered`, what `load_state_dict` of an object did not keep as it was stored."""
 
     code = "state-mismatch"
 
-    def __init__(self, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]) -> None:
-        self.missing, self.unexpected, self.mismatched = (
-            tuple(missing),
-            tuple(unexpected),
-            tuple(mismatched),
-        )
+    def __init__(
+        self,
+        missing: Sequence[str],
+        unexpected: Sequence[str],
+        mismatched: Sequence[str],
+        *,
+        altered: Sequence[str] = (),
+        near: str = "",
+    ) -> None:
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+        self.altered = tuple(altered)
         parts = [
             f"{title}: {', '.join(names)}"
             for title, names in (
                 ("missing in the commit", self.missing),
                 ("without a place in the target", self.unexpected),
                 ("of another shape, dtype or kind", self.mismatched),
+                ("other than stored once loaded", self.altered),
             )
             if names
         ]
-        super().__init__(
-            "the commit does not fit the state to be filled; " + "; ".join(parts),
-            hint="restore(..., only=...), rename={old: new} or strict=False restore what does fit",
-        )
+        if self.altered:
+            message = "the state was filled, and objects changed what they were given; "
+            hint = "strict=False accepts that and lists it in the result's .altered"
+        else:
+            message = "the commit does not fit the state to be filled; "
+            hint = "restore(..., only=...), rename={old: new} or strict=False restore what does fit"
+        super().__init__(message + "; ".join(parts), hint=f"{near}; {hint}" if near else hint)
 
 
 class ConflictError(CkptError):

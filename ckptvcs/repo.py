@@ -56,6 +56,8 @@ class Restored(dict[str, Any]):
         step: its step; None if it has none.
         missing: paths of `into` that the commit does not hold.
         unexpected: paths of the commit that `into` has no place for.
+        altered: path to what an object with `load_state_dict` made of what was stored there; only after
+            `strict=False`, since it is an error otherwise.
 
     Falsy if nothing was restored, so `if repo.restore(state):` asks whether this is a resumed run.
     """
@@ -66,8 +68,10 @@ class Restored(dict[str, Any]):
         leftover: Mapping[str, Any] | None = None,
         missing: Sequence[str] = (),
         unexpected: Sequence[str] = (),
+        altered: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(leftover or {})
+        self.altered = dict(altered or {})
         self.commit = commit
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
@@ -876,7 +880,7 @@ class Repo:
             # The tip may have moved on meanwhile: then the next commit meets a conflict, as it should.
             if self._ref is not None and commit.id in (tip, self._head()[1]):
                 self._tip = commit.id
-        return Restored(commit, filled.leftover, filled.missing, filled.unexpected)
+        return Restored(commit, *filled)
 
     def _state_before(self, commit: Commit) -> str:
         """Where to find a state when a commit has none."""

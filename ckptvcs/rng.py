@@ -59,15 +59,15 @@ def restore(state: Mapping[str, Any], *, strict: bool = True, **generators: Any)
 
     Returns the generators given, with new keys in place of jax's, which cannot be set.
 
-    Raises StateMismatchError with all differences, and InvalidError for a state that a generator does not
-    take; the generators are as they were then.
+    Raises StateMismatchError with all differences, and InvalidError for what `capture` does not give or a
+    generator does not take; all generators are as they were then.
     """
     found = kit.differences(state, generators)
     if found and strict:
         raise StateMismatchError([], [], found)
     if found:
         _log.warning("random generators are not restored exactly: %s", "; ".join(found))
-        if found[0].startswith("ranks "):
+        if kit.other_processes(state):
             return dict(generators)
     fitting = generators if not found else kit.fitting(state, generators)
     return generators | kit.restore(state, fitting)

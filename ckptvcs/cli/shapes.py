@@ -79,6 +79,7 @@ def entry_shape(entry: Entry) -> dict[str, Any]:
         "bytes": entry.nbytes,
         "chunks": entry.chunks,
         "preview": entry.preview,
+        "parameter": entry.parameter or None,
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 from ckptvcs import canonical
 from ckptvcs.errors import CorruptionError, InvalidError, UnsupportedStateError
 from ckptvcs.ids import Kind, ObjectId
+from ckptvcs.state import configs
 from ckptvcs.store.format import pack_object, unpack_object
 
 MAX_DEPTH: Final = 100
@@ -295,6 +296,8 @@ class _Plainer:
             raise UnsupportedStateError([(path, f"more than {MAX_VALUES} values; keep them in the state")])
         if type(value) in _SCALARS:
             return value
+        if configs.is_config(value):
+            value = configs.plain(value, names=True)
         namespace = type(value).__name__ in ("Namespace", "SimpleNamespace")
         if namespace or isinstance(value, (Mapping, list, tuple)):
             return self._container(value, vars(value) if namespace else value, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -13,7 +13,17 @@ import numpy as np
 
 from ckptvcs.canonical import Tagged, encode
 from ckptvcs.errors import InvalidError, UnsupportedStateError
-from ckptvcs.state import codes, generators, paths, torch_tensors, values
+from ckptvcs.state import (
+    codes,
+    configs,
+    generators,
+    paths,
+    torch_devices,
+    torch_objects,
+    torch_tensors,
+    values,
+)
+from ckptvcs.state.bases import INSIDE
 from ckptvcs.state.interface import Source, is_last
 from ckptvcs.state.nodes import (
     Content,
@@ -24,7 +34,9 @@ from ckptvcs.state.nodes import (
     ListNode,
     MapNode,
     Node,
+    Row,
     Tag,
+    TensorFile,
     TensorNode,
 )
 from ckptvcs.state.tensors import (
@@ -40,7 +52,7 @@ from ckptvcs.state.tensors import (
     unit,
     why_not,
 )
-from ckptvcs.store.format import Grid
+from ckptvcs.store.format import GRIDS, Grid
 
 MAX_COMPONENTS: Final = 64
 """Up to so many top-level entries each is a component; of more, only those that are containers."""
@@ -55,6 +67,24 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+class TensorContent(NamedTuple):
+    """A tensor in a file that is to be stored.
+
+    Attributes:
+        name: its path in the file.
+        before: how many bytes of the file's rest come between it and the tensor before it.
+        spec: dtype, shape, flags.
+        order: the order of its dimensions in the file if that is not C order.
+        source: its bytes in C order and little endian, at least one.
+    """
+
+    name: str
+    before: int
+    spec: Spec
+    order: list[int] | None
+    source: Source
+
+
 @dataclass(frozen=True, slots=True)
 class FileContent:
     """A file to be stored.
@@ -64,7 +94,9 @@ class FileContent:
         mode: permission bits.
         digest: BLAKE3 of the whole file.
         splitter: 0 if the grid cuts it, else the id of the splitter that made `sources`.
-        sources: its bytes; each is cut by the grid in turn.
+        sources: its bytes; each is cut by the grid in turn. If it holds tensors: the bytes of the rest.
+        format: what it is, as people call it, if it holds tensors.
+        tensors: its tensors, in the order of their bytes. Then `splitter` is 0.
     """
 
     size: int
@@ -72,6 +104,8 @@ class FileContent:
     digest: bytes
     splitter: int
     sources: Sequence[Source]
+    format: str = ""
+    tensors: Sequence[TensorContent] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +116,6 @@ class LinkContent:
 
 
 Folder: TypeAlias = "Mapping[str, FileContent | LinkContent | Folder]"
-
-FILES: Final = paths.name("")
-"""The first component of every path of content in files, which keeps it apart from nearly every state's."""
 
 _Trail: TypeAlias = "tuple[Any, object] | None"
 _IN_FILES: Final[_Trail] = (None, "")
@@ -121,7 +152,7 @@ class Builder:
         # Whatever was made on the way stays alive, or another array could be given its memory and
         # seem to share it. Raw views keep their memory alive on their own, for as long as sources last.
         self._kept: list[Any] = []
-        self._captures = torch_tensors.Captures()
+        self._captures = torch_devices.Captures()
         # Random generators and what else has to be seen last: `state_dict()` of an object may draw numbers.
         self._later: list[Callable[[], None]] = []
         self.contents: dict[str, list[tuple[Place, Content]]] = {}
@@ -151,10 +182,26 @@ class Builder:
         trail = (trail, name)
         if isinstance(entry, LinkContent):
             return Leaf(encode(Tagged(codes.LINK, encode(entry.target))))
+        if isinstance(entry, FileContent) and entry.tensors:
+            return self._tensor_file(entry, trail)
         if isinstance(entry, FileContent):
             fields = [encode(field) for field in (entry.size, entry.mode, entry.digest, entry.splitter)]
             return Data(codes.FILE, fields, self._content(entry.size, entry.sources, trail))
         return MapNode([(encode(key), self._file(key, below, trail)) for key, below in entry.items()])
+
+    def _tensor_file(self, entry: FileContent, trail: _Trail) -> Node:
+        fields = [encode(field) for field in (entry.size, entry.mode, entry.digest, entry.format)]
+        rest = entry.size - sum(tensor.spec.nbytes for tensor in entry.tensors)
+        content = self._content(rest, entry.sources, trail)
+        found: list[tuple[bytes, Node]] = []
+        for name, before, spec, order, source in entry.tensors:
+            self._counted(None)
+            node = TensorNode(
+                spec, self._content(spec.nbytes, [source], trail, spec.dtype, spec.shape, INSIDE + name)
+            )
+            node.set_layout(order, None)
+            found.append((encode(name), Row([Leaf(encode(before)), node])))
+        return TensorFile(fields, content, MapNode(found))
 
     def _enter(self, component: str) -> None:
         self._component = component
@@ -168,10 +215,11 @@ class Builder:
         trail: _Trail,
         dtype: str = "",
         shape: tuple[int, ...] = (),
+        inside: str = "",
     ) -> Content:
         content = Content(nbytes, sources, self._grid)
         if content.inline is None:
-            place = Place(_path(trail), dtype, shape)
+            place = Place(_path(trail) + inside, dtype, shape)
             self.contents.setdefault(self._component, []).append((place, content))
         self.sizes[self._component] = self.sizes.get(self._component, 0) + nbytes
         return content
@@ -356,6 +404,9 @@ class Builder:
             )
         return Tag(codes.DEFAULT_DICT, [self._leaf(encode(name)), self._entries(value, trail, depth, in_key)])
 
+    def _counter(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        return Tag(codes.COUNTER, [self._entries(value, trail, depth, in_key)], single=True)
+
     def _deque(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         return Tag(codes.DEQUE, [self._leaf(encode(value.maxlen)), self._items(value, trail, depth, in_key)])
 
@@ -368,6 +419,11 @@ class Builder:
         code = values.namespace_code(value) or 0
         return Tag(code, [self._entries(vars(value), trail, depth + 1, in_key)], single=True)
 
+    def _config(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        plain = configs.plain(value)
+        self._kept.append(plain)
+        return self._node(plain, trail, depth, in_key)
+
     def _dataclass(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         if isinstance(value, values.DataclassValue):
             name, fields = value.type, value.fields
@@ -378,16 +434,32 @@ class Builder:
         inner = self._entries(fields, trail, depth + 1, in_key)
         return Tag(codes.DATACLASS, [self._leaf(encode(name)), inner])
 
+    def _tensor_subclass(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        if in_key:
+            return self._refuse(trail, "tensor as a key or in a set")
+        head = self._fields([value.type, list(value.shape), value.flags])
+        parts = [
+            (encode(name), self._node(part, (trail, name), depth + 1)) for name, part in value.parts.items()
+        ]
+        context = self._node(value.context, (trail, None), depth + 1)
+        return Tag(codes.TORCH_SUBCLASS, [*head, MapNode(parts), context])
+
     def _expand(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         if in_key:
             return self._refuse(trail, f"{type(value).__name__} as a key or in a set")
-        torch_tensors.refuse_sharded(value)
+        # Before anything of the object is called: its state_dict() may wait for other processes.
+        torch_objects.refuse_sharded(value, lambda: _path(trail))
         if is_last(value):
             return self._deferred(lambda: self._expanded(value, trail, depth))
         return self._expanded(value, trail, depth)
 
     def _expanded(self, value: Any, trail: _Trail, depth: int) -> Node:
         expanded = value.state_dict()
+        if torch_tensors.is_module(value):
+            try:
+                expanded = torch_objects.unwrapped(value, expanded)
+            except InvalidError as error:
+                return self._refuse(trail, str(error))
         self._kept.append(expanded)
         # The object's own trail: its tree is the tree of the dict, whatever made it.
         self._expanding += 1
@@ -406,19 +478,23 @@ class Builder:
             return self._refuse(trail, why_not(value.dtype))
         if in_key:
             return self._refuse(trail, "array as a key or in a set")
-        return self._tensor(trail, *captured)
+        spec, raw = captured
+        return self._tensor(trail, spec, raw, ArraySource(raw, unit(spec.dtype, spec.item), spec.swap))
 
     def _memmap(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         return self._array(value, trail, in_key)
 
-    def _tensor(self, trail: _Trail, spec: Spec, raw: Raw, witness: Hashable = None) -> TensorNode:
-        size = unit(spec.dtype, spec.item)
-        sources = [ArraySource(raw, size, spec.swap, witness)]
-        node = TensorNode(spec, self._content(spec.nbytes, sources, trail, spec.dtype, spec.shape))
+    def _tensor(self, trail: _Trail, spec: Spec, raw: Raw, source: Source) -> TensorNode:
+        node = TensorNode(spec, self._content(spec.nbytes, [source], trail, spec.dtype, spec.shape))
         self._tensors.append((node, raw))
         return node
 
     def _torch(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        torch_objects.refuse_sharded(value, lambda: _path(trail))
+        if not in_key and (apart := torch_tensors.subclass(value)):
+            self._kept.append(apart)
+            stand_in = values.TensorSubclassValue(*apart)
+            return self._node(stand_in, trail, depth)
         why = "tensor as a key or in a set" if in_key else torch_tensors.why_not(value)
         if why:
             return self._refuse(trail, why)
@@ -434,7 +510,7 @@ class Builder:
             return Tag(codes.QUANTIZED, [*self._fields(head), self._parts(parts, trail)])
         frozen = self._frozen is not None and self._frozen(_path(trail))
         witness = torch_tensors.witness(value) if frozen else None
-        return self._tensor(trail, *self._captures.dense(value), witness)
+        return self._tensor(trail, *self._captures.dense(value, witness))
 
     def _fields(self, fields: Sequence[Any]) -> list[Node]:
         return [Leaf(encode(field)) for field in fields]
@@ -482,10 +558,12 @@ _HANDLERS: Final[dict[type, _Handler]] = {
     frozenset: Builder._set,
     collections.OrderedDict: Builder._ordered,
     collections.defaultdict: Builder._defaultdict,
+    collections.Counter: Builder._counter,
     collections.deque: Builder._deque,
     slice: Builder._slice,
     values.EnumValue: Builder._enum,
     values.DataclassValue: Builder._dataclass,
+    values.TensorSubclassValue: Builder._tensor_subclass,
     np.memmap: Builder._memmap,
 } | dict.fromkeys(values.LEAF_TYPES, Builder._plain)
 
@@ -497,11 +575,20 @@ _CONTAINERS: Final = {
     Builder._set,
     Builder._ordered,
     Builder._defaultdict,
+    Builder._counter,
     Builder._deque,
     Builder._namespace,
     Builder._dataclass,
+    Builder._tensor_subclass,
     Builder._expand,
 }
+
+
+def flat_encoding(value: Any) -> bytes | None:
+    """The encoding of a value that holds no tensors, all in one piece; None if it cannot be stored so."""
+    builder = Builder(GRIDS[1])  # any: nothing is cut
+    encoded = builder._key(value, None, 0).encoded
+    return None if builder._errors else encoded
 
 
 def _handler(value: Any) -> _Handler | None:
@@ -524,6 +611,8 @@ def _handler(value: Any) -> _Handler | None:
         return Builder._namedtuple
     if values.namespace_code(value) is not None:
         return Builder._namespace
+    if configs.is_config(value):
+        return Builder._config
     if not isinstance(value, type):
         if callable(getattr(value, "state_dict", None)):
             return Builder._expand
@@ -561,6 +650,8 @@ def _why_unsupported(value: object) -> str:
     for base, convert in _SUBCLASSES.items():
         if isinstance(value, base):
             return f"{kind.__name__}, a subclass of {base.__name__}; convert it with {convert}"
+    if torch_tensors.is_storage(value):
+        return f"torch storage {kind.__name__}; store a tensor over it"
     if callable(value):
         return f"callable {kind.__qualname__}"
     return f"class {kind.__qualname__} has no state_dict()"

@@ -45,12 +45,16 @@ exception: a table with repetitions and no body.
      44   TORCH_DTYPE       dtype name
      45   TORCH_DEVICE      text, such as "cpu" or "cuda:1"
      46   TORCH_GENERATOR   [device text, TENSOR of the state]
+     47   COUNTER           map   (collections.Counter)
+     48   TORCH_SUBCLASS    [type name, shape, flags, {component name: node}, node of the context]
+     49   TORCH_CONSTANT    [kind, name]: "layout", "memory_format" or "qscheme"
      60   SUBTREE           pos of a tree whose body is the node
      61   MAP_PAGES         [level, [pos, ...]] of trees: dicts at level 0, else MAP_PAGES one level less
      62   LIST_PAGES        [level, [pos, ...]] likewise with lists
      63   ROOT              {"state": node, "files": node}, either may be absent; the body of a commit's tree
      64   FILE              [size, mode, BLAKE3 of the file, splitter id, data]
      65   LINK              target text of a symbolic link
+     66   TENSOR_FILE       [size, mode, BLAKE3 of the file, format, data, map of [int, TENSOR] by path]
 
 *Type name* is "module:qualname". *Framework* is "numpy" or "torch". *Data* is the bytes themselves (at most
 grid.inline of them), or [pos, ...] of its chunks in order, or {"list": pos} of its chunk list when there
@@ -61,12 +65,21 @@ The words of a RANDOM and the arrays of a NUMPY_GENERATOR are little endian. Its
 [entropy, [spawn key, ...], pool size, children spawned].
 *Flags* is a sum of BIG_ENDIAN, REQUIRES_GRAD, PARAMETER and COALESCED below.
 
+A TENSOR_FILE is a file in which tensors lie. Its map names them in the order of their bytes; its data is all
+other bytes of the file, in their order, as many as size leaves. The int in front of a TENSOR says how many
+of these come between it and the tensor before it. A TENSOR's layout there is nil or dimensions, never an
+alias, and tells how it lies in the file, as BIG_ENDIAN tells of its numbers; so the file is the bytes before
+the first tensor, that tensor as it lies in the file, and so on. *Format* and paths are text for people. Which
+tensors are found in a file, and which of them are left in its data, is the writer's choice.
+
 **Weight** decides where a tree is split. It is a function of content and grid alone:
 
 - a value that holds no nodes (a number, text, a PATH, one key or set element as a whole, one field such as
   a type name) weighs the length of its encoding;
 - a TENSOR, BLOB or FILE weighs 8, its encoded fields other than data, and its data: the encoded inline
   bytes, or `REFERENCE` per chunk named, or `REFERENCE` for a chunk list;
+- a TENSOR_FILE weighs what a FILE would, and its map; an entry there weighs its path, 8, the encoded int and
+  the TENSOR;
 - a list, dict or other tagged node weighs 8 and what its fields, keys and children weigh, where a list or
   dict that is heavier than grid.subtree counts as `REFERENCE`.
 
@@ -120,12 +133,16 @@ TORCH_SIZE: Final = 43
 TORCH_DTYPE: Final = 44
 TORCH_DEVICE: Final = 45
 TORCH_GENERATOR: Final = 46
+COUNTER: Final = 47
+TORCH_SUBCLASS: Final = 48
+TORCH_CONSTANT: Final = 49
 SUBTREE: Final = 60
 MAP_PAGES: Final = 61
 LIST_PAGES: Final = 62
 ROOT: Final = 63
 FILE: Final = 64
 LINK: Final = 65
+TENSOR_FILE: Final = 66
 
 BIG_ENDIAN: Final = 1
 """The array's dtype was big endian; its stored bytes are little endian like all others."""

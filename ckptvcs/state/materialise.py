@@ -7,6 +7,7 @@ makes values of it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from ckptvcs.errors import CorruptionError, InvalidError, StorageError
 from ckptvcs.ids import Kind, ObjectId
-from ckptvcs.state import generators, paths, torch_tensors
+from ckptvcs.state import generators, paths, torch_devices, torch_tensors
 from ckptvcs.state.interface import ObjectReader
 from ckptvcs.state.read import (
     Branch,
@@ -36,6 +37,7 @@ from ckptvcs.state.tensors import (
     arrange,
     bytes_of,
     c_strides,
+    is_injective,
     ordered_strides,
     raw_dtype,
     restore_numpy,
@@ -64,6 +66,7 @@ class Filler:
     def __init__(self, reader: ObjectReader) -> None:
         self._reader = reader
         self._wanted: list[tuple[Content, memoryview]] = []
+        self._staged: list[tuple[Content, Any]] = []
         self._after: list[Callable[[], None]] = []
 
     def add(self, content: Content, raw: Raw, swapped: int = 0) -> None:
@@ -89,9 +92,14 @@ class Filler:
         """Have flat memory hold these bytes after `run`."""
         self._wanted.append((content, memory))
 
+    def add_staged(self, content: Content, tensor: Any) -> None:
+        """Have a torch tensor on a device hold these bytes after `run`, which go there piece by piece."""
+        if content.nbytes:
+            self._staged.append((content, tensor))
+
     def run(self) -> None:
         """Read everything."""
-        resolve(self._reader, [content for content, _ in self._wanted])
+        resolve(self._reader, [content for content, _ in (*self._wanted, *self._staged)])
         requests: list[tuple[Sequence[ObjectId], memoryview]] = []
         apart: list[tuple[memoryview, memoryview]] = []
         for (content, memory), alone in zip(self._wanted, _alone(self._wanted), strict=True):
@@ -110,7 +118,20 @@ class Filler:
             memory[:] = scratch
         for step in self._after:
             step()
-        self._wanted, self._after = [], []
+        staging = torch_devices.Staging()
+        for content, tensor in self._staged:
+            torch_devices.fill(tensor, functools.partial(self._read_piece, content), staging)
+        self._wanted, self._staged, self._after = [], [], []
+
+    def _read_piece(self, content: Content, offset: int, memory: memoryview) -> None:
+        if content.inline is not None:
+            memory[:] = content.inline[offset : offset + len(memory)]
+            return
+        assert content.chunks is not None
+        cell = self._reader.grid.chunk
+        self._reader.read_into(
+            [(content.chunks[offset // cell : -(-(offset + len(memory)) // cell)], memory)]
+        )
 
 
 def _alone(wanted: Sequence[tuple[Content, memoryview]]) -> list[bool]:
@@ -229,7 +250,11 @@ class Materialiser:
         elif isinstance(node, StoredBlob):
             self._blobs.append((path, node))
         elif isinstance(node, Branch):
-            if isinstance(node, Compound) and node.kind != "generator" and self._framework == "numpy":
+            if (
+                isinstance(node, Compound)
+                and node.kind in ("sparse", "quantized")
+                and self._framework == "numpy"
+            ):
                 raise InvalidError(f"{path}: a {node.kind} torch tensor has no numpy form")
             for key, child in zip(node.keys, node.children, strict=True):
                 self._collect(paths.join(path, paths.name(key)), child)
@@ -284,8 +309,16 @@ class Materialiser:
         """Memory for tensors that live together, to be filled and then made into tensors."""
         torch = members[0][1].framework == "torch"
         base: Any = None
+        staged = (
+            torch
+            and device is not None
+            and torch_tensors.device_type(device) != "cpu"
+            and all(is_injective(spec.shape, place.strides, spec.item) for _, spec, place in members)
+        )
         with memory_for(path, nbytes):
-            if torch:
+            if staged:
+                base = _torch_memory(nbytes, zeroed=len(members) > 1, device=device)[0]
+            elif torch:
                 base, memory = _torch_memory(nbytes, zeroed=len(members) > 1)
             elif len(members) == 1:
                 memory = np.empty(nbytes, np.uint8)
@@ -293,13 +326,17 @@ class Materialiser:
                 memory = np.zeros(nbytes, np.uint8)  # bytes that no view shows
         seen = set()
         for node, spec, place in members:
-            if spec.nbytes and (place, spec.shape, spec.item, node.spec.swap) not in seen:
-                seen.add((place, spec.shape, spec.item, node.spec.swap))
+            if not spec.nbytes or (place, spec.shape, spec.item, node.spec.swap) in seen:
+                continue
+            seen.add((place, spec.shape, spec.item, node.spec.swap))
+            if staged:
+                self.filler.add_staged(node.content, torch_tensors.restore(base, spec, place))
+            else:
                 raw: Raw = np.ndarray(spec.shape, raw_dtype(spec.item), memory, place.offset, place.strides)
                 self.filler.add(node.content, raw, spec.swap)
 
         def finish() -> None:
-            moved = base if base is None or device is None else base.to(device)
+            moved = base if base is None or device is None or staged else base.to(device)
             for node, spec, place in members:
                 if torch:
                     node.result = torch_tensors.restore(moved, spec, place)
@@ -326,9 +363,9 @@ class Materialiser:
         raise CorruptionError(f"a {node.kind} within a state")
 
 
-def _torch_memory(nbytes: int, *, zeroed: bool) -> tuple[Any, Raw]:
+def _torch_memory(nbytes: int, *, zeroed: bool, device: Any = None) -> tuple[Any, Raw]:
     try:
-        return torch_tensors.allocate(nbytes, zeroed)
+        return torch_tensors.allocate(nbytes, zeroed, device)
     except RuntimeError as error:  # torch's way to say so
         raise MemoryError(str(error)) from None
 

@@ -185,6 +185,41 @@ class TensorNode(Data):
         ]
 
 
+class Row(Node):
+    """Other nodes, one after the other."""
+
+    __slots__ = ("children",)
+
+    def __init__(self, children: Sequence[Node]) -> None:
+        self.children = children
+
+    def weigh(self, grid: Grid) -> int:
+        self.weight = _HEADER + sum(child.weigh(grid) for child in self.children)
+        return self.weight
+
+    def emit(self, context: Context) -> bytes:
+        return encoded_array([child.emit(context) for child in self.children])
+
+
+class TensorFile(Data):
+    """A file in which tensors lie; `content` is the rest of it."""
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, fields: list[bytes], content: Content, tensors: MapNode) -> None:
+        super().__init__(codes.TENSOR_FILE, fields, content)
+        self.tensors = tensors
+
+    def weigh(self, grid: Grid) -> int:
+        self.weight = super().weigh(grid) + self.tensors.weigh(grid)
+        return self.weight
+
+    def emit(self, context: Context) -> bytes:
+        # In the order of the fields, in which positions are given out.
+        parts = [*self.fields, self.content.emit(context), self.tensors.emit(context)]
+        return encoded_tag(self.code, encoded_array(parts))
+
+
 class Tag(Node):
     """A tagged node around one other node, or an array of several."""
 

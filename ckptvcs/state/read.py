@@ -61,7 +61,7 @@ class StoredLeaf(Stored):
 
 @dataclass(slots=True)
 class StoredTorch(Stored):
-    """A torch.Size, dtype or device: made when it is wanted, since that takes torch."""
+    """A torch.Size, dtype, device or constant: made when it is wanted, since that takes torch."""
 
     code: int
     plain: Any
@@ -107,14 +107,26 @@ class StoredBlob(Stored):
 
 
 @dataclass(slots=True)
+class TensorInFile:
+    """A tensor in a file: its path there, and how much of the file's rest comes directly before it."""
+
+    name: str
+    before: int
+    tensor: StoredTensor
+
+
+@dataclass(slots=True)
 class StoredFile(Stored):
-    """A file. `content.chunks` follow each other; a splitter other than 0 made them of any length."""
+    """A file. `content.chunks` follow each other; a splitter other than 0 made them of any length. Of a file
+    that holds tensors, `content` is what lies around them."""
 
     size: int
     mode: int
     digest: bytes
     splitter: int
     content: Content
+    format: str = ""
+    tensors: list[TensorInFile] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -135,7 +147,8 @@ class Branch(Stored):
 
 @dataclass(slots=True)
 class Compound(Branch):
-    """A sparse or quantised tensor or a generator: one value to people, several tensors in the tree."""
+    """A sparse or quantised tensor, one of a class of its own, or a generator: one value to people, several
+    in the tree. Of a subclass the last child, under None, is its context, and `dtype` is its type's name."""
 
     dtype: str = ""
     shape: tuple[int, ...] = ()
@@ -465,6 +478,12 @@ class Loader:
 
         return self._map("defaultdict", inner, opened, selection, depth, make)
 
+    def _counter(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            return collections.Counter(dict(zip(keys, found, strict=True)))
+
+        return self._map("Counter", self._payload(value, opened), opened, selection, depth, make)
+
     def _deque(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
         limit, inner = self._fields(value, opened, 2)
         if limit is not None and (type(limit) is not int or not 0 <= limit < 1 << 62):
@@ -537,6 +556,12 @@ class Loader:
         plain = self._payload(value, opened)
         if value.code == codes.TORCH_SIZE:
             self._shape(plain, opened)
+        elif value.code == codes.TORCH_CONSTANT:
+            if type(plain) is not list or len(plain) != 2 or plain[0] not in torch_tensors.CONSTANTS:
+                raise CorruptionError(f"{opened.where}: an unknown constant of torch")
+            if type(plain[1]) is not str:
+                raise CorruptionError(f"{opened.where}: a torch value without a name")
+            return StoredTorch(plain[0], value.code, plain)
         elif type(plain) is not str:
             raise CorruptionError(f"{opened.where}: a torch value without a name")
         words = {codes.TORCH_SIZE: "size", codes.TORCH_DTYPE: "dtype", codes.TORCH_DEVICE: "device"}
@@ -670,21 +695,70 @@ class Loader:
 
         return Compound("generator", ["state"], [state], make)
 
+    def _subclass(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        name, lengths, flags, inner, context = self._fields(value, opened, 5)
+        if type(name) is not str or flags not in _TORCH_FLAGS:
+            raise CorruptionError(f"{opened.where}: an impossible tensor of a class of its own")
+        shape = self._shape(lengths, opened)
+        parts = self._map("dict", inner, opened, paths.EVERYTHING, depth + 1, _make_dict)
+        if not all(type(key) is str for key in parts.keys):
+            raise CorruptionError(f"{opened.where}: a part of a tensor whose name is no text")
+        rest = self.node(context, opened, paths.EVERYTHING, depth + 1)
+
+        def make(keys: list[Any], found: list[Any]) -> Any:
+            made = dict(zip(keys[:-1], found[:-1], strict=True))
+            return values.TensorSubclassValue(name, shape, flags, made, found[-1])
+
+        return Compound("subclass", [*parts.keys, None], [*parts.children, rest], make, name, shape)
+
     # -- files ------------------------------------------------------------------------------------
 
     def _file(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
         size, mode, digest, splitter, data = self._fields(value, opened, 5)
+        self._check_file(size, mode, digest, opened)
+        if type(splitter) is not int or splitter < 0:
+            raise CorruptionError(f"{opened.where}: an impossible file")
+        content = self._content(data, size, opened, gridded=splitter == 0)
+        return StoredFile("file", size, mode, digest, splitter, content)
+
+    def _check_file(self, size: Any, mode: Any, digest: Any, opened: _Object) -> None:
         if (
-            not _integers([size, mode, splitter])
+            not _integers([size, mode])
             or not 0 <= size < MAX_BYTES
             or not 0 <= mode < 1 << 16
-            or splitter < 0
             or type(digest) is not bytes
             or len(digest) != 32
         ):
             raise CorruptionError(f"{opened.where}: an impossible file")
-        content = self._content(data, size, opened, gridded=splitter == 0)
-        return StoredFile("file", size, mode, digest, splitter, content)
+
+    def _tensor_file(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        size, mode, digest, format, data, inner = self._fields(value, opened, 6)
+        self._check_file(size, mode, digest, opened)
+        if type(format) is not str:
+            raise CorruptionError(f"{opened.where}: a file of no format")
+        found: dict[str, TensorInFile] = {}
+        rest, around = size, 0
+        for page, home in self._pages(inner, opened, dict, codes.MAP_PAGES, True):
+            for name, entry in page.items():
+                self._count += 1
+                if self._count > codes.MAX_VALUES:
+                    raise _too_many(home.where)
+                if type(name) is not str or name in found or type(entry) is not list or len(entry) != 2:
+                    raise CorruptionError(f"{home.where}: an impossible tensor in a file")
+                before, tensor = entry
+                if type(before) is not int or type(tensor) is not Tagged or tensor.code != codes.TENSOR:
+                    raise CorruptionError(f"{home.where}: an impossible tensor in a file")
+                stored = self._tensor(tensor, home, paths.EVERYTHING, depth)
+                assert isinstance(stored, StoredTensor)
+                rest -= stored.spec.nbytes
+                around += before
+                if before < 0 or stored.alias is not None or not stored.spec.nbytes:
+                    raise CorruptionError(f"{home.where}: an impossible tensor in a file")
+                found[name] = TensorInFile(name, before, stored)
+        if not 0 <= around <= rest:
+            raise CorruptionError(f"{opened.where}: a file smaller than what lies in it")
+        content = self._content(data, rest, opened)
+        return StoredFile("file", size, mode, digest, 0, content, format, list(found.values()))
 
     def _link(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
         target = self._payload(value, opened)
@@ -738,10 +812,13 @@ _CONTAINERS: Final = frozenset(
         codes.FROZENSET,
         codes.ORDERED_DICT,
         codes.DEFAULT_DICT,
+        codes.COUNTER,
         codes.DEQUE,
         codes.NAMESPACE,
         codes.SIMPLE_NAMESPACE,
         codes.DATACLASS,
+        codes.TENSOR_FILE,
+        codes.TORCH_SUBCLASS,
     )
 )
 
@@ -761,6 +838,7 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     codes.FROZENSET: Loader._set,
     codes.ORDERED_DICT: Loader._ordered,
     codes.DEFAULT_DICT: Loader._defaultdict,
+    codes.COUNTER: Loader._counter,
     codes.DEQUE: Loader._deque,
     codes.BYTEARRAY: Loader._bytearray,
     codes.BLOB: Loader._blob,
@@ -780,9 +858,12 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     codes.TORCH_DTYPE: Loader._torch_leaf,
     codes.TORCH_DEVICE: Loader._torch_leaf,
     codes.TORCH_GENERATOR: Loader._generator,
+    codes.TORCH_CONSTANT: Loader._torch_leaf,
+    codes.TORCH_SUBCLASS: Loader._subclass,
     codes.SUBTREE: Loader._subtree,
     codes.FILE: Loader._file,
     codes.LINK: Loader._link,
+    codes.TENSOR_FILE: Loader._tensor_file,
 }
 
 
@@ -815,7 +896,11 @@ def plain_value(stored: Stored) -> Any:
 def torch_value(stored: StoredTorch, framework: str | None) -> Any:
     """A torch.Size, dtype or device, or with "numpy" what stands for it without torch."""
     if framework == "numpy":
+        if stored.code == codes.TORCH_CONSTANT:
+            return stored.plain[1]
         return tuple(stored.plain) if stored.code == codes.TORCH_SIZE else stored.plain
+    if stored.code == codes.TORCH_CONSTANT:
+        return torch_tensors.constant(*stored.plain)
     if stored.code == codes.TORCH_SIZE:
         return torch_tensors.require().Size(stored.plain)
     if stored.code == codes.TORCH_DTYPE:

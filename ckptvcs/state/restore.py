@@ -28,10 +28,20 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ckptvcs.errors import InvalidError, NotFoundError, StateMismatchError
+from ckptvcs.errors import CorruptionError, InvalidError, StateMismatchError
 from ckptvcs.ids import ObjectId
-from ckptvcs.state import generators, paths, torch_tensors, tree, values
-from ckptvcs.state.interface import ObjectReader, is_last
+from ckptvcs.state import (
+    configs,
+    generators,
+    paths,
+    torch_devices,
+    torch_objects,
+    torch_tensors,
+    tree,
+    values,
+)
+from ckptvcs.state.interface import ObjectReader
+from ckptvcs.state.loading import Load, load_of
 from ckptvcs.state.materialise import Materialiser
 from ckptvcs.state.read import (
     Branch,
@@ -43,11 +53,13 @@ from ckptvcs.state.read import (
     StoredTensor,
     StoredTorch,
 )
+from ckptvcs.state.renaming import Renames, near_misses
 from ckptvcs.state.tensors import SHARED_NAMES, Raw, Spec, capture
+from ckptvcs.state.verify import differences
 
 _Set: TypeAlias = Callable[[Any], None]
 
-_MAPS: Final = frozenset(("dict", "OrderedDict", "defaultdict", "namespace", "dataclass"))
+_MAPS: Final = frozenset(("dict", "OrderedDict", "defaultdict", "Counter", "namespace", "dataclass"))
 _LISTS: Final = frozenset(("list", "deque"))
 _TUPLES: Final = frozenset(("tuple", "namedtuple"))
 
@@ -59,11 +71,13 @@ class Filled(NamedTuple):
         leftover: path -> stored value that had no place, or no fitting one.
         missing: paths in the target that the commit does not have.
         unexpected: paths in the commit that the target does not have.
+        altered: path -> what an object has made of what was stored there.
     """
 
     leftover: dict[str, Any]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    altered: dict[str, str]
 
 
 @tree.refuse_deep
@@ -81,53 +95,55 @@ def fill(
         into: nested containers of arrays, tensors and objects; changed in place.
         only: patterns of stored paths; the rest of `into` stays as it is.
         strict: raise for any difference, before anything is changed.
-        rename: stored path prefix -> where it belongs in `into`.
+        rename: stored path, or beginning of names, -> what it is called in `into` (`renaming`).
 
     Raises:
         StateMismatchError: lists all that is missing, unexpected or of another shape, dtype or kind.
         NotFoundError: a pattern or a renamed path matches nothing.
     """
     stored = tree.load(reader, tree_id, only)
-    if rename:
-        stored = _rename(stored, rename, lenient=only is not None)
-    plan = _Plan(only, rename or {})
-    plan.match(stored, into, "", None)
+    renames = Renames(stored, rename or {}, lenient=only is not None)
+    plan = _Plan(only, renames.source)
+    plan.match(renames.stored, into, "", None)
     if strict:
         plan.ask_last(reader)
     if strict and (plan.missing or plan.unexpected or plan.mismatched):
-        raise StateMismatchError(plan.missing, list(plan.unexpected), list(plan.mismatched.values()))
-    return plan.carry_out(reader, strict)
+        unexpected = list(plan.unexpected)
+        near = near_misses(plan.missing, unexpected)
+        raise StateMismatchError(plan.missing, unexpected, list(plan.mismatched.values()), near=near)
+    filled = plan.carry_out(reader, strict)
+    if strict and filled.altered:
+        raise StateMismatchError((), (), (), altered=[f"{p} ({why})" for p, why in filled.altered.items()])
+    return filled
 
 
 # -- comparing ------------------------------------------------------------------------------------
 
 
-class _Load(NamedTuple):
-    path: str
-    stored: Stored
-    target: Any
-    partial: bool
-    unfit: frozenset[str]
-
-
 class _Plan:
-    def __init__(self, only: str | Sequence[str] | None, rename: Mapping[str, str]) -> None:
+    def __init__(self, only: str | Sequence[str] | None, source: Callable[[str], str]) -> None:
         self._only = None if only is None else [only] if isinstance(only, str) else list(only)
-        self._back = {new: old for old, new in rename.items()}
+        self._source = source  # of a path in the target, the path it was stored under
         self.missing: list[str] = []
         self.unexpected: dict[str, Stored] = {}
         self.mismatched: dict[str, str] = {}
         self._spare: dict[str, Stored] = {}
         self._fills: list[tuple[StoredTensor, Raw, int]] = []
+        self._staged: list[tuple[StoredTensor, Any]] = []
         self._values: list[tuple[str, Stored, _Set]] = []
         self._rebuilds: list[Callable[[], None]] = []
-        self._loads: list[_Load] = []
+        self._loads: list[Load] = []
+        self._memory: dict[Any, StoredTensor] = {}
         self._generators: list[tuple[str, Stored, _Set]] = []
 
     def match(self, stored: Stored, target: Any, path: str, put: _Set | None) -> None:
         """Find the place of a stored node in `target`, which `put` replaces."""
         if not isinstance(target, type) and callable(getattr(target, "load_state_dict", None)):
             self._object(stored, target, path)
+        elif configs.is_config(target):
+            live = configs.plain(target)
+            self._rebuilds.append(lambda: configs.write_back(target, live))
+            self.match(stored, live, path, None)
         elif isinstance(stored, StoredTensor):
             self._tensor(stored, target, path, put)
         elif generators.is_generator(target):
@@ -137,25 +153,22 @@ class _Plan:
             if target is None or _holds_plain(stored):
                 self._replace(stored, target, path, put)
             else:
-                self._differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
+                self.differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
         elif isinstance(stored, Compound):
             self._compound(stored, target, path, put)
         elif isinstance(stored, Branch) and self._branch(stored, target, path, put):
             pass
         else:
-            self._differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
+            self.differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
 
-    def _differs(self, path: str, stored: Stored, why: str) -> None:
+    def differs(self, path: str, stored: Stored, why: str) -> None:
         self.mismatched[path] = f"{path or '(the state itself)'} ({why})"
         self._spare[path] = stored
 
     def _absent(self, path: str) -> None:
         """A place in the target that the commit has nothing for: missing, if it was asked for."""
         if self._only is not None:
-            source = path
-            for new, old in self._back.items():
-                if path == new or path.startswith(new + "/"):
-                    source = old + path[len(new) :]
+            source = self._source(path)
             if not any(paths.matches(pattern, source) for pattern in self._only):
                 return
         self.missing.append(path)
@@ -169,11 +182,11 @@ class _Plan:
         if isinstance(target, enum.Enum) and isinstance(stored, StoredLeaf):
             member = stored.value
             if not isinstance(member, values.EnumValue) or member.type != values.type_name(type(target)):
-                self._differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
+                self.differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
                 return
             found = type(target).__members__.get(member.name or "")
             if found is None:
-                self._differs(path, stored, f"{type(target).__name__} has no member {member.name}")
+                self.differs(path, stored, f"{type(target).__name__} has no member {member.name}")
                 return
             stored = StoredLeaf("enum", found)
         self._values.append((path, stored, put))
@@ -188,32 +201,71 @@ class _Plan:
         if isinstance(target, np.ndarray):
             captured = capture(target)
             if captured is not None and not target.flags.writeable:
-                self._differs(path, stored, "read-only array")
+                self.differs(path, stored, "read-only array")
                 return
         elif torch_tensors.is_tensor(target):
-            captured = torch_tensors.as_target(target)
+            torch_objects.refuse_sharded(target, lambda: path)
+            captured = torch_devices.as_target(target)
             if captured is None:
                 self._device_tensor(stored, target, path)
                 return
         if captured is None:
             kind = type(target).__name__
-            self._differs(path, stored, f"{_describe(stored.spec)} stored, {kind} to be filled")
+            self.differs(path, stored, f"{_describe(stored.spec)} stored, {kind} to be filled")
             return
         spec, raw = captured
-        if self._fits(stored, spec, path):
-            self._fills.append((stored, raw, spec.swap))
+        if self.fits(stored, spec, path):
+            self._into(stored, raw, spec.swap, path)
 
-    def _fits(self, stored: StoredTensor, spec: Spec, path: str) -> bool:
+    def fill(self, stored: StoredTensor, tensor: Any, path: str) -> bool:
+        if not torch_devices.on_host(tensor):
+            if not torch_tensors.is_dense(tensor):
+                return False
+            plain = tensor.detach()
+            place = (str(plain.device), plain.data_ptr(), tuple(plain.shape), plain.stride())
+            if self._first(stored, place, path):
+                self._staged.append((stored, plain))
+            return True
+        captured = torch_devices.as_target(tensor)
+        if captured is None:
+            return False
+        self._into(stored, captured[1], 0, path)
+        return True
+
+    def fill_subclass(self, stored: Compound, target: Any, path: str) -> bool:
+        parts = _of_same_make(stored, target)
+        return parts is not None and all(self.fill(child, part, path) for child, part in parts)
+
+    def _into(self, stored: StoredTensor, raw: Raw, swapped: int, path: str) -> None:
+        if self._first(stored, (raw.__array_interface__["data"][0], raw.shape, raw.strides), path):
+            self._fills.append((stored, raw, swapped))
+
+    def _first(self, stored: StoredTensor, place: Any, path: str) -> bool:
+        """Whether nothing fills this place yet. Two names of one tensor must have been stored equal."""
+        if not stored.spec.nbytes:
+            return False
+        other = self._memory.setdefault(place, stored)
+        if other is not stored and other.content != stored.content:
+            self.differs(path, stored, "shares its memory with a tensor that other values are stored for")
+        return other is stored
+
+    def fits(self, stored: StoredTensor, spec: Spec, path: str) -> bool:
         same = stored.spec.framework == spec.framework or spec.dtype in SHARED_NAMES
         if same and stored.spec.shape == spec.shape and stored.spec.dtype == spec.dtype:
             return True
-        self._differs(path, stored, f"{_describe(stored.spec)} stored, {_describe(spec)} to be filled")
+        self.differs(path, stored, f"{_describe(stored.spec)} stored, {_describe(spec)} to be filled")
         return False
 
     def _device_tensor(self, stored: StoredTensor, target: Any, path: str) -> None:
-        spec = _torch_spec(target)
-        if self._fits(stored, spec, path):
-            self._values.append((path, stored, lambda value: torch_tensors.copy_into(target, value)))
+        why = torch_tensors.why_not(target)
+        if why is not None or not torch_tensors.is_dense(target):
+            self.differs(path, stored, why or f"dense tensor stored, {target.layout} to be filled")
+        elif self.fits(stored, _torch_spec(target), path):
+            if torch_devices.on_host(target):  # its memory does not hold its values as they are
+                put = functools.partial(torch_tensors.copy_into, target)
+                self._values.append((path, stored, put))
+            else:
+                self.fill(stored, target, path)
 
     def _compound(self, stored: Compound, target: Any, path: str, put: _Set | None) -> None:
         if stored.kind == "generator":
@@ -222,10 +274,20 @@ class _Plan:
                 set_state = functools.partial(torch_tensors.set_generator, target)
                 self._generators.append((path, state, set_state))
                 return
+        elif stored.kind == "subclass":
+            if put is not None and isinstance(target, values.TensorSubclassValue):
+                self._values.append((path, stored, put))
+                return
+            if self.fill_subclass(stored, target, path):
+                return
+            kind = stored.dtype.rpartition(":")[2]
+            why = f"a {kind} cannot be made without its class; have one of the same make in its place"
+            self.differs(path, stored, f"{why}, not {type(target).__name__}")
+            return
         elif torch_tensors.is_tensor(target) and tuple(target.shape) == stored.shape and put is not None:
             self._values.append((path, stored, put))
             return
-        self._differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
+        self.differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
 
     def _random(self, stored: Stored, target: Any, path: str) -> None:
         mine = generators.describe(target)
@@ -235,7 +297,7 @@ class _Plan:
         if isinstance(stored, StoredRandom) and mine == theirs:
             self._generators.append((path, stored, functools.partial(generators.assign, target)))
         else:
-            self._differs(path, stored, f"{theirs} stored, {mine} to be filled")
+            self.differs(path, stored, f"{theirs} stored, {mine} to be filled")
 
     # -- containers -------------------------------------------------------------------------------
 
@@ -258,8 +320,8 @@ class _Plan:
             return False
         return True
 
-    def _children(
-        self, stored: Branch, path: str, places: dict[str, Any]
+    def children(
+        self, stored: Branch, path: str, places: Mapping[str, Any]
     ) -> Iterator[tuple[str, Stored, Any]]:
         """(path, stored child, key in the target) of those that have a place; the others are noted."""
         found = set()
@@ -282,33 +344,33 @@ class _Plan:
                 self._values.append((below, child, _setter(target.__setitem__, key)))
             return
         places = {paths.name(key): key for key in target}
-        for below, child, key in self._children(stored, path, places):
+        for below, child, key in self.children(stored, path, places):
             self.match(child, target[key], below, _setter(target.__setitem__, key))
 
     def _attributes(self, stored: Branch, target: Any, path: str) -> None:
         fields = _fields(target)
         frozen = _is_frozen(target)
-        for below, child, key in self._children(stored, path, {paths.name(key): key for key in fields}):
+        for below, child, key in self.children(stored, path, {paths.name(key): key for key in fields}):
             put = None if frozen else _setter(lambda key, value: setattr(target, key, value), key)
             if put is None and _is_plain(fields[key]):
-                self._differs(below, child, f"field of the frozen {type(target).__name__}")
+                self.differs(below, child, f"field of the frozen {type(target).__name__}")
             else:
                 self.match(child, fields[key], below, put)
 
     def _items(self, stored: Branch, target: Any, path: str, put: Callable[[int, Any], None]) -> None:
         places = {paths.name(at): at for at in range(len(target))}
-        for below, child, at in self._children(stored, path, places):
+        for below, child, at in self.children(stored, path, places):
             self.match(child, target[at], below, _setter(put, at))
 
     def _tuple(self, stored: Branch, target: tuple[Any, ...], path: str, put: _Set | None) -> None:
         items = list(target)
         fields = getattr(target, "_fields", None)
         if stored.kind == "namedtuple" and fields is None:
-            self._differs(path, stored, "named tuple stored, tuple to be filled")
+            self.differs(path, stored, "named tuple stored, tuple to be filled")
             return
         names = list(fields) if stored.kind == "namedtuple" and fields else range(len(items))
         places = {paths.name(name): at for at, name in enumerate(names)}
-        for below, child, at in self._children(stored, path, places):
+        for below, child, at in self.children(stored, path, places):
             self.match(child, items[at], below, _setter(items.__setitem__, at))
 
         def rebuild() -> None:
@@ -324,38 +386,18 @@ class _Plan:
     # -- objects ----------------------------------------------------------------------------------
 
     def _object(self, stored: Stored, target: Any, path: str) -> None:
-        torch_tensors.refuse_sharded(target)
         partial = self._only is not None and not any(
             paths.matches(pattern, self._source(path)) for pattern in self._only
         )
-        unfit: set[str] = set()
-        if torch_tensors.is_module(target) and isinstance(stored, Branch):
-            places = target.state_dict()
-            names = {paths.name(key): key for key in places}
-            for below, child, key in self._children(stored, path, names):
-                place = places[key]
-                if (
-                    isinstance(child, StoredTensor)
-                    and torch_tensors.is_tensor(place)
-                    and not self._fits(child, _torch_spec(place), below)
-                ):
-                    unfit.add(key)
-        self._loads.append(_Load(path, stored, target, partial, frozenset(unfit)))
-
-    def _source(self, path: str) -> str:
-        for new, old in self._back.items():
-            if path == new or path.startswith(new + "/"):
-                return old + path[len(new) :]
-        return path
+        self._loads.append(load_of(self, path, stored, target, partial))
 
     def ask_last(self, reader: ObjectReader) -> None:
         """Ask those who are loaded last what they cannot take. What is stored for them is small."""
         for load in self._loads:
-            ask = getattr(load.target, "ckpt_differences", None) if is_last(load.target) else None
-            if ask is None:
+            if load.ask is None or load.handed is None:
                 continue
-            (value,) = Materialiser(reader).values([(load.path, load.stored)])
-            for difference in ask(_whole(load, value)):
+            (value,) = Materialiser(reader).values([(load.path, load.handed)])
+            for difference in load.ask(load.whole(value)):
                 below = paths.join(load.path, difference)
                 self.mismatched[below] = below
 
@@ -366,39 +408,37 @@ class _Plan:
         materialiser = Materialiser(reader)
         for stored, raw, swapped in self._fills:
             materialiser.filler.add(stored.content, raw, swapped)
+        for stored, tensor in self._staged:
+            materialiser.filler.add_staged(stored.content, tensor)
         spare = self.unexpected | self._spare
         wanted = [(path, stored) for path, stored, _ in self._values]
-        wanted += [(load.path, load.stored) for load in self._loads]
+        loads = [(load, load.handed) for load in self._loads if load.handed is not None]
+        wanted += [(load.path, handed) for load, handed in loads]
         wanted += [(path, stored) for path, stored, _ in self._generators]
         wanted += spare.items()
-        found = iter(materialiser.values(wanted))
+        try:
+            found = collections.deque(materialiser.values(wanted))  # each is let go of when it is in place
+        except CorruptionError as error:
+            if self._fills or self._staged:
+                error.add_note("what was to be filled is partly overwritten: restore another commit into it")
+            raise
         for _, _, put in self._values:
-            put(next(found))
+            put(found.popleft())
         for rebuild in reversed(self._rebuilds):  # inner tuples were noted after the outer ones
             rebuild()
-        loads = [(load, next(found)) for load in self._loads]
-        for load, value in loads:
-            if not is_last(load.target):
-                self._load(load, value, strict)
-        for _, _, set_state in self._generators:
-            set_state(next(found))
-        for load, value in loads:
-            if is_last(load.target):
-                self._load(load, value, strict)
-        leftover = {path: next(found) for path in spare}
-        return Filled(leftover, tuple(self.missing), tuple(self.unexpected))
-
-    def _load(self, load: _Load, value: Any, strict: bool) -> None:
-        if torch_tensors.is_module(load.target) and isinstance(value, dict):
-            kept = {key: item for key, item in value.items() if key not in load.unfit}
-            if load.partial or not strict:
-                load.target.load_state_dict(kept, strict=False)
-                return
-        value = _whole(load, value)
-        if not strict and is_last(load.target):
-            load.target.load_state_dict(value, strict=False)
-        else:
-            load.target.load_state_dict(value)
+        values = [found.popleft() for _ in loads]
+        altered: dict[str, str] = {}
+        for last in (False, True):
+            for at, (load, _) in enumerate(loads):
+                if load.last is last:
+                    value, values[at] = values[at], None
+                    load.run(value, strict)
+                    altered |= load.altered(reader.grid.chunk)
+            if not last:
+                for _, _, set_state in self._generators:
+                    set_state(found.popleft())
+        leftover = {path: found.popleft() for path in spare}
+        return Filled(leftover, tuple(self.missing), tuple(self.unexpected), altered)
 
 
 # -- small questions ------------------------------------------------------------------------------
@@ -406,6 +446,29 @@ class _Plan:
 
 def _setter(put: Callable[[Any, Any], None], key: Any) -> _Set:
     return lambda value: put(key, value)
+
+
+def _of_same_make(stored: Compound, target: Any) -> list[tuple[StoredTensor, Any]] | None:
+    """The tensors in a tensor subclass, each with what is stored for it; None if it is of another make."""
+    apart = torch_tensors.subclass(target) if torch_tensors.is_tensor(target) else None
+    if apart is None or (apart.type, apart.shape) != (stored.dtype, stored.shape):
+        return None
+    *children, context = stored.children
+    if list(apart.parts) != stored.keys[:-1] or differences(context, apart.context, "", 1, lambda *_: False):
+        return None
+    found: list[tuple[StoredTensor, Any]] = []
+    for child, part in zip(children, apart.parts.values(), strict=True):
+        inner = _of_same_make(child, part) if isinstance(child, Compound) else None
+        if inner is not None:
+            found += inner
+            continue
+        if not isinstance(child, StoredTensor) or not torch_tensors.is_dense(part):
+            return None
+        spec = torch_tensors.spec_of(part)
+        if (spec.dtype, spec.shape) != (child.spec.dtype, child.spec.shape):
+            return None
+        found.append((child, part))
+    return found
 
 
 def _describe(spec: Spec) -> str:
@@ -421,6 +484,8 @@ def _is_plain(value: Any) -> bool:
     """Whether a value of the target is replaced rather than filled."""
     if isinstance(value, (list, MutableMapping, collections.deque, np.ndarray)) or value is None:
         return value is None
+    if configs.is_config(value):
+        return False
     if isinstance(value, tuple):
         return torch_tensors.leaf(value) is not None
     if torch_tensors.is_tensor(value) or torch_tensors.generator_state(value) is not None:
@@ -443,7 +508,7 @@ def _has_attributes(value: Any) -> bool:
     return (
         dataclasses.is_dataclass(value)
         and not isinstance(value, type)
-        and not isinstance(value, (values.EnumValue, values.DataclassValue))
+        and not isinstance(value, (values.EnumValue, values.DataclassValue, values.TensorSubclassValue))
     )
 
 
@@ -461,82 +526,3 @@ def _fields(target: Any) -> dict[str, Any]:
 def _refill(target: Any, value: Any) -> None:
     target.clear()
     target.extend(value)
-
-
-def _whole(load: _Load, value: Any) -> Any:
-    """What an object is to load: all that is stored for it, or a part laid over its state of now."""
-    return _merged(load.target.state_dict(), value) if load.partial else value
-
-
-def _merged(current: Any, selected: Any) -> Any:
-    """`selected` laid over `current`, dict by dict."""
-    if isinstance(current, Mapping) and isinstance(selected, Mapping):
-        merged = dict(current)
-        for key, value in selected.items():
-            merged[key] = _merged(current[key], value) if key in current else value
-        return merged
-    return selected
-
-
-# -- renaming -------------------------------------------------------------------------------------
-
-
-def _rename(root: Stored, rename: Mapping[str, str], lenient: bool) -> Stored:
-    """The tree with each `old` subtree moved to `new`. All are taken out before any is put back."""
-    moved = []
-    for old, new in rename.items():
-        taken, root = _take(root, paths.split(old))
-        if taken is not None:
-            moved.append((new, taken))
-        elif not lenient:
-            near = paths.nearest(old, tree.known_paths(root))
-            raise NotFoundError(
-                f"nothing in this commit is called {old!r}, which `rename` names",
-                hint=f"near: {', '.join(near)}" if near else None,
-            )
-    for new, taken in moved:
-        root = _put(root, paths.split(new), taken, new)
-    return root
-
-
-def _take(node: Stored, components: Sequence[str]) -> tuple[Stored | None, Stored]:
-    if not components:
-        return node, Branch("dict", [], [], _make_dict)
-    if isinstance(node, Branch):
-        for at, key in enumerate(node.keys):
-            if components[0] in (paths.name(key), key):
-                taken, rest = _take(node.children[at], components[1:])
-                if taken is None:
-                    return None, node
-                keys, children = list(node.keys), list(node.children)
-                if len(components) == 1 or (isinstance(rest, Branch) and not rest.children):
-                    del keys[at], children[at]
-                else:
-                    children[at] = rest
-                return taken, Branch(node.kind, keys, children, node.make)
-    return None, node
-
-
-def _put(node: Stored, components: Sequence[str], taken: Stored, new: str) -> Stored:
-    if not components:
-        if isinstance(node, Branch) and isinstance(taken, Branch) and node.kind == taken.kind:
-            return Branch(node.kind, node.keys + taken.keys, node.children + taken.children, taken.make)
-        return taken
-    if not isinstance(node, Branch) or node.kind not in _MAPS:
-        raise InvalidError(f"rename to {new!r}: a {node.kind} is in the way")
-    keys, children = list(node.keys), list(node.children)
-    for at, key in enumerate(keys):
-        if components[0] in (paths.name(key), key):
-            if len(components) == 1:
-                raise InvalidError(f"rename to {new!r}: the commit has that name already")
-            children[at] = _put(children[at], components[1:], taken, new)
-            break
-    else:
-        keys.append(paths.key(components[0]))
-        empty = Branch("dict", [], [], _make_dict)
-        children.append(_put(empty, components[1:], taken, new) if components[1:] else taken)
-    return Branch(node.kind, keys, children, node.make)
-
-
-def _make_dict(keys: list[Any], found: list[Any]) -> dict[Any, Any]:
-    return dict(zip(keys, found, strict=True))

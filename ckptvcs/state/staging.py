@@ -14,6 +14,7 @@ import numpy as np
 
 from ckptvcs.state.interface import Source
 from ckptvcs.state.tensors import ArraySource, Raw
+from ckptvcs.state.torch_devices import DeviceSource
 from ckptvcs.state.tree import Prepared
 
 ALIGNMENT: Final = 256
@@ -89,7 +90,7 @@ class Staging:
         todo: dict[int, tuple[Source, Spot]] = {}
         for source, spot in layout:
             place = spot.offset, spot.nbytes
-            witness = source.witness if isinstance(source, ArraySource) else None
+            witness = source.witness if isinstance(source, (ArraySource, DeviceSource)) else None
             if witness is not None:
                 fresh[place] = witness
             if witness is None or standing.get(place) != witness:

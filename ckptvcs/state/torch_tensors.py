@@ -10,13 +10,14 @@ import importlib
 import sys
 import warnings
 from collections.abc import Hashable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from ckptvcs.errors import CorruptionError, FormatError, InvalidError
 from ckptvcs.state import codes
 from ckptvcs.state.tensors import TORCH_SIZES, Place, Raw, Spec, raw_dtype
+from ckptvcs.state.values import type_name
 
 _SPARSE: Final = {
     "sparse_coo": ("indices", "values"),
@@ -26,6 +27,8 @@ _SPARSE: Final = {
     "sparse_bsc": ("ccol_indices", "row_indices", "values"),
 }
 _QUANTIZED: Final = ("qint8", "quint8", "qint32")
+CONSTANTS: Final = ("layout", "memory_format", "qscheme")
+"""Kinds of named values of torch, each a class of the same name."""
 _SCHEMES: Final = ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
 
 
@@ -63,24 +66,22 @@ def is_generator(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Generator)
 
 
-def refuse_sharded(value: object) -> None:
-    """InvalidError for tensors and modules of which this process holds a part only."""
-    for kind in type(value).__mro__:
-        if kind.__name__ in ("DTensor", "ShardedTensor", "FullyShardedDataParallel", "FSDPModule") and (
-            kind.__module__.startswith("torch.distributed")
-        ):
-            raise InvalidError(
-                f"a {kind.__name__} is spread over several processes; a plain commit sees one part of it",
-                hint="commit it through torch.distributed.checkpoint (DCP)",
-            )
+_NESTED: Final = "nested tensor; store the list that .unbind() gives, or its .values() and .offsets()"
 
 
 def why_not(value: Any) -> str | None:
     """Why a tensor cannot be stored, or None."""
     torch = loaded()
-    refuse_sharded(value)
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
-        return f"tensor subclass {type(value).__name__}; convert it to a plain tensor"
+        if not is_initialized(value):
+            return "parameter of a lazy module, which has no data until the module is first called"
+        if value.is_nested:
+            return _NESTED
+        return (
+            f"tensor subclass {type(value).__name__} without __tensor_flatten__; convert it to a plain tensor"
+        )
+    if value.is_nested:
+        return _NESTED
     if value.device.type == "meta":
         return "tensor on the meta device, which has no data"
     layout = name_of(value.layout)
@@ -88,7 +89,7 @@ def why_not(value: Any) -> str | None:
         if name_of(value.dtype) not in _QUANTIZED or name_of(value.qscheme()) not in _SCHEMES:
             return f"quantised tensor of dtype {value.dtype}; store its integers and parameters"
     elif layout != "strided" and layout not in _SPARSE:
-        return f"tensor of layout {layout}"
+        return f"tensor of layout {layout}; convert it with .to_dense()"
     elif name_of(value.dtype) not in TORCH_SIZES:
         return f"tensor of dtype {value.dtype}, which this version does not know"
     elif layout == "strided" and value.numel():
@@ -97,6 +98,22 @@ def why_not(value: Any) -> str | None:
         if needed > value.untyped_storage().nbytes():
             return "tensor whose memory has been freed (a sharding or offloading wrapper holds the data)"
     return None
+
+
+def is_initialized(tensor: Any) -> bool:
+    """Whether a tensor has a shape already; those of lazy modules get theirs later."""
+    return not isinstance(tensor, loaded().nn.parameter.UninitializedTensorMixin)
+
+
+def is_dense(tensor: Any) -> bool:
+    """Whether a tensor is nothing but strided memory that can be stored."""
+    return why_not(tensor) is None and name_of(tensor.layout) == "strided" and not tensor.is_quantized
+
+
+def copy_into(target: Any, value: Any) -> None:
+    """Copy a tensor's values over another of the same shape."""
+    with require().no_grad():
+        target.copy_(value)
 
 
 @functools.cache
@@ -125,39 +142,39 @@ class _Memory:
         }
 
 
-def _memory(flat: Any) -> Raw:
+def memory(flat: Any) -> Raw:
     """The bytes of a flat uint8 CPU tensor, which stays alive as long as they do."""
     return np.asarray(_Memory(flat)) if flat.numel() else np.empty(0, np.uint8)
 
 
-class Captures:
-    """The tensors of one commit as raw memory, which keeps what it belongs to alive."""
+def resolved(tensor: Any) -> Any:
+    """A strided tensor apart from autograd, whose memory holds its values as they are."""
+    plain = tensor.detach()
+    return plain.resolve_conj().resolve_neg() if plain.is_conj() or plain.is_neg() else plain
 
-    def __init__(self) -> None:
-        self._host: dict[tuple[str, int], Any] = {}
 
-    def dense(self, tensor: Any) -> tuple[Spec, Raw]:
-        """A strided tensor and its memory. Memory on a device is copied once per storage."""
-        torch = loaded()
-        flags = flags_of(tensor)
-        plain = tensor.detach()
-        if plain.is_conj() or plain.is_neg():
-            plain = plain.resolve_conj().resolve_neg()
-        storage = plain.untyped_storage()
-        flat = torch.empty(0, dtype=torch.uint8, device=plain.device).set_(storage)
-        if plain.device.type != "cpu":
-            key = (str(plain.device), storage.data_ptr())
-            flat = self._host.setdefault(key, flat.cpu() if key not in self._host else None)
-        item = plain.element_size()
-        spec = Spec("torch", name_of(plain.dtype), tuple(plain.shape), flags, item)
-        raw: Raw = np.ndarray(
-            spec.shape,
-            raw_dtype(item),
-            _memory(flat),
-            plain.storage_offset() * item if plain.numel() else 0,
-            [step * item for step in plain.stride()] if plain.numel() else None,
-        )
-        return spec, raw
+def spec_of(tensor: Any) -> Spec:
+    """What a strided tensor is."""
+    name = name_of(tensor.dtype)
+    return Spec("torch", name, tuple(tensor.shape), flags_of(tensor), tensor.element_size())
+
+
+def host_memory(plain: Any) -> Raw:
+    """The memory of a `resolved` CPU tensor, which stays alive as long as it does."""
+    torch = loaded()
+    return view_of(plain, memory(torch.empty(0, dtype=torch.uint8).set_(plain.untyped_storage())))
+
+
+def view_of(plain: Any, storage: Raw) -> Raw:
+    """A `resolved` tensor as raw elements of the bytes of its storage."""
+    item = plain.element_size()
+    return np.ndarray(
+        tuple(plain.shape),
+        raw_dtype(item),
+        storage,
+        plain.storage_offset() * item if plain.numel() else 0,
+        [step * item for step in plain.stride()] if plain.numel() else None,
+    )
 
 
 def witness(tensor: Any) -> Hashable:
@@ -206,6 +223,46 @@ def quantized(tensor: Any) -> tuple[str, str, int, int | None, dict[str, Any]] |
     return name_of(plain.dtype), scheme, flags_of(tensor), axis, parts
 
 
+class Subclass(NamedTuple):
+    """A tensor of a class of its own, taken apart.
+
+    Attributes:
+        type: "module:qualname" of the class.
+        shape: its shape.
+        flags: its flags.
+        parts: the tensors it is made of, each over the memory that it has there.
+        context: what else it takes to make it.
+    """
+
+    type: str
+    shape: tuple[int, ...]
+    flags: int
+    parts: dict[str, Any]
+    context: Any
+
+
+def subclass(tensor: Any) -> Subclass | None:
+    """A tensor subclass that can be taken apart: one that says how by `__tensor_flatten__`, or one that
+    changes no operation of torch and so is a plain tensor by another name. None for all others."""
+    torch = loaded()
+    kind = type(tensor)
+    if kind in (torch.Tensor, torch.nn.Parameter) or not is_initialized(tensor):
+        return None
+    flattens = callable(getattr(kind, "__tensor_flatten__", None))
+    relabels = kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    with torch._C.DisableTorchFunctionSubclass():
+        if tensor.is_nested or not (flattens or relabels):
+            return None
+        flags = codes.REQUIRES_GRAD if tensor.requires_grad else 0
+        flags |= codes.PARAMETER if isinstance(tensor, torch.nn.Parameter) else 0
+        name, shape = type_name(kind), tuple(tensor.shape)
+        if not flattens:
+            attributes = {key: each for key, each in vars(tensor).items() if key != "_is_param"}
+            return Subclass(name, shape, flags, {"": tensor.detach().as_subclass(torch.Tensor)}, attributes)
+    names, context = tensor.__tensor_flatten__()
+    return Subclass(name, shape, flags, {each: getattr(tensor, each) for each in names}, context)
+
+
 # -- back to torch --------------------------------------------------------------------------------
 
 
@@ -217,6 +274,14 @@ def dtype(name: str) -> Any:
     return found
 
 
+def constant(kind: str, name: str) -> Any:
+    """A layout, memory format or scheme by its name. FormatError if this torch lacks it."""
+    found = getattr(require(), name, None)
+    if not isinstance(found, getattr(require(), kind)):
+        raise FormatError(f"this torch has no {kind} {name!r}", hint='newer torch, or framework="numpy"')
+    return found
+
+
 def device(text: str) -> Any:
     """The torch device a text names. CorruptionError if there can be none."""
     try:
@@ -225,12 +290,17 @@ def device(text: str) -> Any:
         raise CorruptionError(f"no torch device is called {text!r}") from None
 
 
-def allocate(nbytes: int, zeroed: bool = False) -> tuple[Any, Raw]:
-    """Fresh torch memory, and the same memory for numpy to fill."""
+def allocate(nbytes: int, zeroed: bool = False, device: Any = None) -> tuple[Any, Raw]:
+    """Fresh torch memory, and the same memory for numpy to fill, or nothing if it is on a device."""
     # Made by torch so that the storage can be resized and freed by torch later.
     torch = require()
-    base = (torch.zeros if zeroed else torch.empty)(nbytes, dtype=torch.uint8)
-    return base, _memory(base)
+    base = (torch.zeros if zeroed else torch.empty)(nbytes, dtype=torch.uint8, device=device)
+    return base, memory(base) if device is None else np.empty(0, np.uint8)
+
+
+def device_type(device: Any) -> str:
+    """The kind of device that a text, a number or a torch.device names, such as "cuda"."""
+    return str(require().device(device).type)
 
 
 def restore(base: Any, spec: Spec, place: Place) -> Any:
@@ -320,8 +390,14 @@ def restore_quantized(name: str, scheme: str, flags: int, axis: int | None, part
 # -- other torch values ---------------------------------------------------------------------------
 
 
+def is_storage(value: object) -> bool:
+    """Whether `value` is a torch storage."""
+    torch = loaded()
+    return torch is not None and isinstance(value, (torch.UntypedStorage, torch.TypedStorage))
+
+
 def leaf(value: Any) -> tuple[int, Any] | None:
-    """(code, payload value) of a torch.Size, dtype or device; None for anything else."""
+    """(code, payload value) of a torch.Size, dtype, device or constant; None for anything else."""
     torch = loaded()
     if torch is None:
         return None
@@ -331,6 +407,9 @@ def leaf(value: Any) -> tuple[int, Any] | None:
         return codes.TORCH_DTYPE, name_of(value)
     if isinstance(value, torch.device):
         return codes.TORCH_DEVICE, str(value)
+    for kind in CONSTANTS:
+        if isinstance(value, getattr(torch, kind)):
+            return codes.TORCH_CONSTANT, [kind, name_of(value)]
     return None
 
 
@@ -358,18 +437,3 @@ def set_generator(target: Any, state: Any) -> None:
         target.set_state(state)
     except (RuntimeError, TypeError) as error:
         raise CorruptionError(f"torch does not take the generator's state: {error}") from None
-
-
-def as_target(tensor: Any) -> tuple[Spec, Raw] | None:
-    """A tensor's own memory, to be filled in place; None if that memory is not plain CPU memory."""
-    if tensor.device.type != "cpu" or name_of(tensor.layout) != "strided" or tensor.is_quantized:
-        return None
-    if tensor.is_conj() or tensor.is_neg() or name_of(tensor.dtype) not in TORCH_SIZES:
-        return None
-    return Captures().dense(tensor)
-
-
-def copy_into(target: Any, value: Any) -> None:
-    """Copy a tensor's values over another of the same shape, on whatever device."""
-    with require().no_grad():
-        target.copy_(value)

@@ -12,7 +12,18 @@ from typing import Any, Final
 
 from ckptvcs.ids import Buffer
 from ckptvcs.state.build import Place
-from ckptvcs.state.nodes import Content, Data, Deferred, Leaf, ListNode, MapNode, Node, Tag
+from ckptvcs.state.nodes import (
+    Content,
+    Data,
+    Deferred,
+    Leaf,
+    ListNode,
+    MapNode,
+    Node,
+    Row,
+    Tag,
+    TensorFile,
+)
 from ckptvcs.state.staging import Spot
 from ckptvcs.state.tensors import BytesSource
 from ckptvcs.state.tree import Prepared, refuse_deep
@@ -22,6 +33,8 @@ _DATA: Final = 0
 _TAG: Final = 1
 _LIST: Final = 2
 _MAP: Final = 3
+_ROW: Final = 4
+_TENSOR_FILE: Final = 5
 
 
 @refuse_deep
@@ -44,14 +57,19 @@ def plain(prepared: Prepared, spots: Sequence[Spot]) -> dict[str, Any]:
 
 
 def _write(node: Node, numbers: dict[int, int], out: list[Any]) -> None:
-    while isinstance(node, Deferred):
-        node = node.node
     if isinstance(node, Leaf):
         out.append([node.encoded] if node.number else node.encoded)
+    elif isinstance(node, Deferred):
+        _write(node.node, numbers, out)
+    elif isinstance(node, TensorFile):
+        _write(node.tensors, numbers, out)
+        out.append([_TENSOR_FILE, node.fields, _kept(node.content, numbers)])
     elif isinstance(node, Data):
-        content = node.content
-        kept = content.inline if content.inline is not None else numbers[id(content)]
-        out.append([_DATA, node.code, node.fields, kept])
+        out.append([_DATA, node.code, node.fields, _kept(node.content, numbers)])
+    elif isinstance(node, Row):
+        for child in node.children:
+            _write(child, numbers, out)
+        out.append([_ROW, len(node.children)])
     elif isinstance(node, Tag):
         for child in node.children:
             _write(child, numbers, out)
@@ -66,6 +84,10 @@ def _write(node: Node, numbers: dict[int, int], out: list[Any]) -> None:
         out.append([_MAP, [key for key, _ in node.entries]])
     else:
         raise TypeError(f"{type(node).__name__} is a node of an unknown kind")
+
+
+def _kept(content: Content, numbers: dict[int, int]) -> bytes | int:
+    return content.inline if content.inline is not None else numbers[id(content)]
 
 
 class _Staged(BytesSource):
@@ -99,6 +121,9 @@ def _read(program: list[Any], numbered: list[Content], grid: Grid) -> Node:
         del made[len(made) - count :]
         return found
 
+    def content_of(kept: bytes | int) -> Content:
+        return Content(len(kept), [BytesSource(kept)], grid) if isinstance(kept, bytes) else numbered[kept]
+
     for step in program:
         if type(step) is bytes:
             made.append(Leaf(step))
@@ -107,10 +132,13 @@ def _read(program: list[Any], numbered: list[Content], grid: Grid) -> Node:
         if type(what) is bytes:
             made.append(Leaf(what, True))
         elif what == _DATA:
-            _, code, fields, kept = step
-            inline = type(kept) is bytes
-            content = Content(len(kept), [BytesSource(kept)], grid) if inline else numbered[kept]
-            made.append(Data(code, fields, content))
+            made.append(Data(step[1], step[2], content_of(step[3])))
+        elif what == _TENSOR_FILE:
+            (tensors,) = last(1)
+            assert isinstance(tensors, MapNode)
+            made.append(TensorFile(step[1], content_of(step[2]), tensors))
+        elif what == _ROW:
+            made.append(Row(last(step[1])))
         elif what == _TAG:
             made.append(Tag(step[1], last(step[3]), step[2]))
         elif what == _LIST:

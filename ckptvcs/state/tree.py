@@ -6,6 +6,7 @@ into objects, `read` does the reverse.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from ckptvcs.canonical import encode, encoded_map, encoded_tag
 from ckptvcs.errors import NotFoundError, UnsupportedStateError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.state import codes, generators, paths
-from ckptvcs.state.bases import Bases, Held
-from ckptvcs.state.build import FILES, MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent, Place
+from ckptvcs.state.bases import FILES, INSIDE, Bases, Held, alike
+from ckptvcs.state.build import MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent, Place
 from ckptvcs.state.interface import ObjectReader, ObjectWriter, Source
 from ckptvcs.state.materialise import Devices, Materialiser, resolve
 from ckptvcs.state.nodes import Content, Context, Node, Trees
+from ckptvcs.state.parameters import parameter_names
 from ckptvcs.state.read import (
     Branch,
     Compound,
@@ -201,7 +203,7 @@ def _hint(place: Place, bases: Bases | None, cell: int) -> Hint:
         chunks = () if bases is None else bases.find(*place)
         return chunks[offset // cell] if offset // cell < len(chunks) else None
 
-    return Hint(place, place.dtype, base)
+    return Hint(place._replace(path=alike(place.path)), place.dtype, base)
 
 
 @refuse_deep
@@ -227,6 +229,8 @@ def _list_contents(path: str, node: Stored, found: list[tuple[Place, Stored]]) -
         found.append((Place(path, node.spec.dtype, node.spec.shape), node))
     elif isinstance(node, (StoredBlob, StoredFile)):
         found.append((Place(path, "", ()), node))
+        for each in node.tensors if isinstance(node, StoredFile) else ():
+            _list_contents(path + INSIDE + each.name, each.tensor, found)
     elif isinstance(node, Branch):
         for key, child in zip(node.keys, node.children, strict=True):
             _list_contents(paths.join(path, paths.name(key)), child, found)
@@ -345,6 +349,8 @@ class Entry:
         nbytes: logical bytes.
         chunks: number of chunks; 0 when it lives in the tree.
         preview: a short text of a value that is read already, else "".
+        parameter: the name of the parameter that an optimizer's entry belongs to, where it is known, else ""
+            (`parameters`).
     """
 
     path: str
@@ -354,12 +360,26 @@ class Entry:
     nbytes: int
     chunks: int
     preview: str
+    parameter: str = ""
 
 
 def entries(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None) -> Iterator[Entry]:
     """The leaves of a state in order, without reading chunks; nothing if the tree has no state."""
     if parts(reader, tree).state:
-        yield from _entries("", load(reader, tree, only))
+        stored = load(reader, tree, only)
+        names = parameter_names(stored if only is None else load(reader, tree))
+        for entry in _entries("", stored):
+            name = _above(entry.path, names)
+            yield dataclasses.replace(entry, parameter=name) if name else entry
+
+
+def _above(path: str, names: dict[str, str]) -> str:
+    """What `names` says of a path, or of the nearest one above it."""
+    while names and path not in names:
+        path, slash, _ = path.rpartition("/")
+        if not slash:
+            return ""
+    return names.get(path, "")
 
 
 def sizes(reader: ObjectReader, tree: ObjectId) -> dict[str, int]:
@@ -368,7 +388,7 @@ def sizes(reader: ObjectReader, tree: ObjectId) -> dict[str, int]:
         return {}
     stored = load(reader, tree)
     found: dict[str, int] = {}
-    if not isinstance(stored, Branch) or stored.kind not in ("dict", "OrderedDict", "defaultdict"):
+    if not isinstance(stored, Branch) or stored.kind not in ("dict", "OrderedDict", "defaultdict", "Counter"):
         return {"": sum(entry.nbytes for entry in _entries("", stored))}
     few = len(stored.keys) <= MAX_COMPONENTS
     for key, child in zip(stored.keys, stored.children, strict=True):
@@ -386,6 +406,14 @@ def _preview(value: object) -> str:
     return text if len(text) <= _PREVIEW else text[: _PREVIEW - 1] + "…"
 
 
+def _tensors_in(node: Branch) -> Iterator[StoredTensor]:
+    for child in node.children:
+        if isinstance(child, StoredTensor):
+            yield child
+        elif isinstance(child, Branch):
+            yield from _tensors_in(child)
+
+
 def _entries(path: str, node: Stored) -> Iterator[Entry]:
     if isinstance(node, StoredLeaf):
         yield Entry(path, node.kind, None, None, node.nbytes, 0, _preview(node.value))
@@ -399,11 +427,11 @@ def _entries(path: str, node: Stored) -> Iterator[Entry]:
     elif isinstance(node, StoredBlob):
         yield Entry(path, node.kind, None, None, node.content.nbytes, node.content.cells or 0, "")
     elif isinstance(node, Compound):
-        inner = [child for child in node.children if isinstance(child, StoredTensor)]
+        inner = list(_tensors_in(node))
         yield Entry(
             path,
             node.kind,
-            node.dtype or None,
+            node.dtype.rpartition(":")[2] or None,
             node.shape if node.dtype else None,
             sum(child.spec.nbytes for child in inner),
             sum(child.content.cells or 0 for child in inner),

@@ -69,6 +69,32 @@ class DataclassValue:
         return hash((self.type, tuple(self.fields)))
 
 
+@dataclass(frozen=True, slots=True)
+class TensorSubclassValue:
+    """A torch tensor of a class of its own that was stored. Commits to the same bytes as the tensor itself.
+
+    Attributes:
+        type: "module:qualname" of the class.
+        shape: the tensor's shape.
+        flags: sum of `codes.REQUIRES_GRAD` and `codes.PARAMETER`.
+        parts: the tensors it is made of by name, as its `__tensor_flatten__` gave them; of a class that
+            only relabels a plain tensor that one, called "".
+        context: the rest of what `__tensor_flatten__` gave, or the tensor's attributes.
+    """
+
+    type: str
+    shape: tuple[int, ...]
+    flags: int
+    parts: Mapping[str, Any]
+    context: Any
+
+    def __getitem__(self, name: str) -> Any:
+        return self.parts[name]
+
+    def __hash__(self) -> int:
+        return hash((self.type, self.shape))
+
+
 def type_name(kind: type) -> str:
     """ "module:qualname"."""
     return f"{kind.__module__}:{kind.__qualname__}"

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ckptvcs.state import generators
-from ckptvcs.state.values import DataclassValue, EnumValue, type_name
+from ckptvcs.state import generators, torch_tensors
+from ckptvcs.state.values import DataclassValue, EnumValue, TensorSubclassValue, type_name
 
 
 def difference(a: Any, b: Any, path: str = "") -> str | None:
@@ -33,6 +33,11 @@ def difference(a: Any, b: Any, path: str = "") -> str | None:
         if type_name(type(a)) != type_name(type(b)) or a._fields != b._fields:
             return f"{path}: {type(a)} is not {type(b)}"
         a, b = tuple(a), tuple(b)
+    if torch is not None:
+        a, b = _taken_apart(a), _taken_apart(b)
+    if isinstance(a, TensorSubclassValue) and isinstance(b, TensorSubclassValue):
+        left, right = ([t.type, t.shape, t.flags, dict(t.parts), t.context] for t in (a, b))
+        return difference(left, right, path)
     if torch is not None and isinstance(a, torch.Tensor):
         return _torch_difference(torch, a, b, path)
     if isinstance(a, np.memmap):
@@ -78,10 +83,17 @@ def difference(a: Any, b: Any, path: str = "") -> str | None:
 
 
 def _stand_in(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, (EnumValue, DataclassValue, type)):
+    if dataclasses.is_dataclass(value) and not isinstance(
+        value, (EnumValue, DataclassValue, TensorSubclassValue, type)
+    ):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return DataclassValue(type_name(type(value)), fields)
     return value
+
+
+def _taken_apart(value: Any) -> Any:
+    apart = torch_tensors.subclass(value) if torch_tensors.is_tensor(value) else None
+    return value if apart is None else TensorSubclassValue(*apart)
 
 
 def _torch_difference(torch: Any, a: Any, b: Any, path: str) -> str | None:

@@ -114,6 +114,7 @@ def _containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         st.dictionaries(keys, inner, max_size=8),
         st.dictionaries(keys, inner, max_size=5).map(collections.OrderedDict),
         st.dictionaries(keys, inner, max_size=5).map(lambda d: collections.defaultdict(list, d)),
+        st.dictionaries(keys, inner, max_size=5).map(collections.Counter),
         st.lists(inner, max_size=5).map(lambda items: collections.deque(items, 9)),
         names.map(lambda d: argparse.Namespace(**d)),
         names.map(lambda d: types.SimpleNamespace(**d)),

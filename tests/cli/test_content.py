@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ckptvcs import Repo
@@ -28,12 +29,28 @@ def test_ls_json_with_patterns(states: Path) -> None:
     assert [entry["path"] for entry in found["entries"]] == ["model/weight", "model/bias"]
     assert found["entries"][0] == {
         "path": "model/weight", "kind": "tensor", "dtype": "float32", "shape": [40, 30], "bytes": 4800,
-        "chunks": 1, "preview": "",
+        "chunks": 1, "preview": "", "parameter": None,
     }  # fmt: skip
     assert found["total"] == {"tensors": 2, "values": 0, "files": 1, "bytes": 4800 + 24 + 21}
     (file,) = found["files"]
     assert set(file) == {"path", "kind", "bytes", "mode", "blake3", "target"}
     assert file["path"] == "notes.txt"
+
+
+def test_ls_of_an_optimizer_names_parameters(folder: Path) -> None:
+    moments = {n: {"step": 1, "exp_avg": np.ones(shape)} for n, shape in enumerate([(3, 2), (3,)])}
+    groups = [{"lr": 0.1, "params": [0, 1]}]
+    state = {
+        "model": {"layer.weight": np.ones((3, 2)), "layer.bias": np.ones(3)},
+        "optimizer": {"state": moments, "param_groups": groups},
+    }
+    with Repo.init(folder) as repo:
+        repo.commit(state)
+    lines = {line.split()[0]: line.split() for line in ckpt(folder, "ls").out.splitlines()}
+    assert lines["optimizer/state/1/exp_avg"][-1] == "layer.bias"
+    assert lines["optimizer/state/0/step"][-1] == "layer.weight"
+    found = ckpt(folder, "ls", "HEAD", "optimizer/state/1/exp_avg", "--json").json
+    assert [entry["parameter"] for entry in found["entries"]] == ["layer.bias"]
 
 
 def test_ls_of_files(read_only_files: Path) -> None:

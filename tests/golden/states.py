@@ -19,8 +19,9 @@ import torch
 
 from ckptvcs.ids import Kind
 from ckptvcs.state import tree
-from ckptvcs.state.build import FileContent, LinkContent
-from ckptvcs.state.tensors import BytesSource
+from ckptvcs.state.build import FileContent, LinkContent, TensorContent
+from ckptvcs.state.tensors import BytesSource, Spec
+from ckptvcs.state.values import TensorSubclassValue
 from ckptvcs.testing.memory import MemoryStore
 
 
@@ -188,14 +189,63 @@ def files() -> tree.Folder:
     }
 
 
-STATES = {"leaves": leaves, "arrays": arrays, "tensors": tensors, "split": split, "generators": generators}
+def tensor_files() -> tree.Folder:
+    """Files in which tensors lie: two and a few, and so many that they become pages."""
+
+    def tensor(name: str, before: int, spec: Spec, order: list[int] | None = None) -> TensorContent:
+        return TensorContent(
+            name, before, spec, order, BytesSource(bytes(n % 251 for n in range(spec.nbytes)))
+        )
+
+    plain, parameter = Spec("torch", "bfloat16", (10, 20), 0, 2), Spec("torch", "float32", (3, 100), 6, 4)
+    big = Spec("numpy", "float64", (40,), 1, 8)
+    small = [
+        tensor("a", 10, plain), tensor("b/c", 0, parameter, [1, 0]),
+        tensor("tiny", 3, Spec("numpy", "int8", (4,), 0, 1)), tensor("big", 1, big),
+    ]  # fmt: skip
+    many = [tensor(f"layers.{at}.weight", at % 3, plain) for at in range(200)]
+    rest = [BytesSource(b"header" * 100)]
+    sizes = [sum(each.spec.nbytes for each in tensors) for tensors in (small, many)]
+    return {
+        "few": FileContent(sizes[0] + 20, 0o644, b"\4" * 32, 0, [BytesSource(b"x" * 20)], "npz", small),
+        "many": FileContent(sizes[1] + 600, 0o600, b"\5" * 32, 0, rest, "safetensors", many),
+    }
+
+
+class Marked(torch.Tensor):
+    """A user's tensor."""
+
+
+def later() -> dict[str, Any]:
+    """What got codes of its own after the first."""
+    data = torch.arange(3, dtype=torch.float32)
+    marked: Any = torch.nn.Parameter(data.clone()).detach().as_subclass(Marked)
+    marked.scale = 0.5
+    parts = {"a": data.clone(), "b": data + 1}
+    return {
+        "counter": collections.Counter({"x": 2, 5: 1}),
+        "constants": [torch.sparse_csr, torch.channels_last, torch.per_channel_affine],
+        "subclass": marked,
+        "stand-in": TensorSubclassValue("somewhere:Pair", (3,), 2, parts, {"axis": 0}),
+    }
+
+
+FILES = {"files": files, "tensor files": tensor_files}
+STATES = {
+    "leaves": leaves,
+    "arrays": arrays,
+    "tensors": tensors,
+    "split": split,
+    "later": later,
+    "generators": generators,
+}
 
 
 def written(name: str) -> tuple[MemoryStore, bytes]:
     """A store that holds a state's tree, and the tree's id."""
     store = MemoryStore()
-    if name == "files":
-        return store, tree.write(store, files=files()).tree
+    if name in FILES:
+        return store, tree.write(store, files=FILES[name]()).tree
     return store, tree.write(store, STATES[name]()).tree
 
 

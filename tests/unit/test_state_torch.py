@@ -4,14 +4,20 @@ import sys
 import numpy as np
 import pytest
 
-from ckptvcs.errors import InvalidError, UnsupportedStateError
+from ckptvcs.errors import InvalidError, StateMismatchError, UnsupportedStateError
 from ckptvcs.state import tensors, tree
+from ckptvcs.state.restore import fill
+from ckptvcs.state.values import TensorSubclassValue
 from ckptvcs.testing.memory import MemoryStore
 from ckptvcs.testing.same import difference
 
 torch = pytest.importorskip("torch")
 
-pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:ComplexHalf support:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of :UserWarning"),  # masked and nested tensors
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
+]
 
 
 def check(state):
@@ -121,6 +127,7 @@ def test_other_torch_values():
             "size": torch.Size([1, 2]),
             "dtype": torch.bfloat16,
             "device": torch.device("cuda:1"),
+            "constants": [torch.strided, torch.sparse_bsc, torch.channels_last_3d, torch.per_tensor_affine],
         }
     )
     assert torch.equal(torch.rand(9, generator=back["g"]), torch.rand(9, generator=generator))
@@ -193,12 +200,9 @@ def test_devices():
 
 
 def test_refused_tensors():
-    class Special(torch.Tensor):
-        pass
-
     state = {
         "meta": torch.ones(2, device="meta"),
-        "special": torch.ones(2).as_subclass(Special),
+        "special": torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False])),
         "set": {torch.ones(1)},
     }
     with pytest.raises(UnsupportedStateError) as caught:
@@ -251,3 +255,154 @@ def test_without_torch():
     assert "array([0, 1, 2])" in found.stdout.decode()
     assert "InvalidError" in found.stdout.decode()
     assert 'framework="numpy"' in found.stdout.decode()
+
+
+class Marked(torch.Tensor):
+    """Changes nothing but its name, and may carry attributes."""
+
+
+class Functional(torch.Tensor):
+    """Has a say in every function, and none in what its memory is."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} of a class from outside was called")
+
+
+def marked(data, **attributes):
+    tensor = data.as_subclass(Marked)
+    vars(tensor).update(attributes)
+    return tensor
+
+
+def two(a, b):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    return TwoTensor(a, b)
+
+
+def subclasses(seed):
+    torch.manual_seed(seed)
+    module = torch.nn.Linear(30, 20)
+    module.weight = torch.nn.Parameter(two(torch.randn(20, 30), torch.randn(20, 30)))
+    return {
+        "marked": marked(torch.randn(3, 4).t(), scale=0.5, names=["a"]),
+        "functional": torch.Tensor.as_subclass(torch.randn(300), Functional),
+        "parameter": torch.nn.Parameter(marked(torch.randn(400))),
+        "two": two(torch.randn(300), torch.randn(300)),
+        "nested": two(two(torch.randn(300), torch.randn(300)), two(torch.randn(300), torch.randn(300))),
+        "module": module,
+    }
+
+
+def test_subclasses_come_back_as_stand_ins_and_in_place():
+    state = subclasses(0)
+    store = MemoryStore()
+    id = tree.write(store, state).tree
+    back = tree.read(store, id)
+    assert type(back["marked"]) is TensorSubclassValue
+    assert back["marked"].type == f"{__name__}:Marked"
+    assert torch.equal(back["marked"][""], state["marked"].as_subclass(torch.Tensor))
+    assert back["marked"].context == {"scale": 0.5, "names": ["a"]}
+    assert back["parameter"].flags == 6
+    assert torch.equal(back["nested"]["b"]["a"], state["nested"].b.a)
+    assert difference(state["two"], back["two"]) is None
+    assert tree.write(MemoryStore(), back).tree == id
+    assert tree.read(store, id, framework="numpy")["two"]["a"].dtype == "f4"
+    listed = {entry.path: entry for entry in tree.entries(store, id)}
+    assert (listed["two"].kind, listed["two"].dtype, listed["two"].nbytes) == ("subclass", "TwoTensor", 2400)
+    into = subclasses(1)
+    same = dict(into)
+    fill(store, id, into)
+    assert all(into[name] is same[name] for name in into)
+    assert tree.write(MemoryStore(), into).tree == id
+    assert type(into["module"].weight.a) is torch.Tensor
+
+
+def test_what_is_no_like_subclass_is_not_filled():
+    state = subclasses(0)
+    store = MemoryStore()
+    id = tree.write(store, {"x": state["two"], "o": {"w": state["two"]}, "m": state["module"]}).tree
+
+    class Owner:
+        def load_state_dict(self, state):
+            raise AssertionError("a stand-in is no tensor")
+
+    into = {"x": torch.zeros(300), "o": Owner(), "m": torch.nn.Linear(30, 20)}
+    with pytest.raises(StateMismatchError) as caught:
+        fill(store, id, into)
+    assert [text.split(" ")[0] for text in caught.value.mismatched] == ["x", "o", "m/weight"]
+    assert "TwoTensor cannot be made without its class" in str(caught.value)
+    done = fill(store, id, into, strict=False)
+    assert set(done.leftover) == {"x", "o", "m/weight"}
+    assert torch.equal(into["m"].bias, state["module"].bias)
+    id = tree.write(store, {"x": marked(torch.ones(4), scale=1)}).tree
+    with pytest.raises(StateMismatchError, match="same make"):
+        fill(store, id, {"x": marked(torch.zeros(4), scale=2)})
+    # A plain tensor into a subclass would be converted by its class.
+    id = tree.write(store, {"m": torch.nn.Linear(30, 20)}).tree
+    with pytest.raises(StateMismatchError):
+        fill(store, id, {"m": state["module"]})
+
+
+def test_what_has_no_portable_form_is_named():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    jagged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    state = {
+        "nested": nested,
+        "jagged": jagged,
+        "lazy": torch.nn.LazyLinear(3),
+        "mkldnn": torch.ones(3).to_mkldnn(),
+        "storage": torch.ones(3).untyped_storage(),
+        "attribute": marked(torch.ones(2), hook=print),
+    }
+    with pytest.raises(UnsupportedStateError) as caught:
+        tree.write(MemoryStore(), state)
+    found = dict(caught.value.leaves)
+    assert list(found) == [
+        "nested",
+        "jagged",
+        "lazy/weight",
+        "lazy/bias",
+        "mkldnn",
+        "storage",
+        "attribute/None/hook",
+    ]
+    assert ".unbind()" in found["nested"]
+    assert ".offsets()" in found["jagged"]
+    assert "first called" in found["lazy/weight"]
+    assert ".to_dense()" in found["mkldnn"]
+    assert "tensor over it" in found["storage"]
+
+
+@pytest.mark.parametrize("base", [torch.ones(4, 5), torch.arange(24.0).reshape(2, 3, 4).transpose(0, 2)])
+def test_every_shape_of_memory(base):
+    check(
+        {
+            "0-dim": base[0, 0],
+            "expanded": base[:1].expand(7, *base.shape[1:]),
+            "flipped": base.flip(0),
+            "diagonal": base.diagonal(),
+            "unfolded": base.reshape(-1).unfold(0, 4, 2),
+            "narrow": base.narrow(1, 1, 2),
+            "channels_last": base.new_ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+            "channels_last_3d": base.new_ones(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d),
+            "batched csr": base.new_ones(2, 3, 3).to_sparse_csr(),
+            "dense dims": base.new_ones(3, 4, 2).to_sparse_csr(dense_dim=1),
+            "batched bsr": base.new_ones(2, 4, 4).to_sparse_bsr((2, 2)),
+            "empty coo": torch.sparse_coo_tensor(size=(3, 4)),
+            "0-dim coo": torch.sparse_coo_tensor(
+                torch.empty(0, 1, dtype=torch.int64), base[0, :1].reshape(-1)[:1], ()
+            ),
+            "sparse parameter": torch.nn.Parameter(torch.eye(3).to_sparse()),
+        }
+    )
+
+
+def test_every_dtype_of_this_torch_is_known():
+    names = {
+        str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
+    }
+    quantised = {"qint8", "quint8", "qint32"}
+    packed = {"quint4x2", "quint2x4"}  # refused: their integers cannot be taken out
+    assert names - quantised - packed == set(tensors.TORCH_SIZES)

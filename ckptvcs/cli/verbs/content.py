@@ -33,7 +33,8 @@ def ls(revision: str, patterns: tuple[str, ...], long: bool, as_json: bool) -> N
     """List what a commit holds.
 
     The tensors and values of a state, and files. Nothing but names, types and sizes is read. A plain
-    PATTERN is a name with all below it, * stops at /, ** does not.
+    PATTERN is a name with all below it, * stops at /, ** does not. Beside what an optimizer holds stands
+    the parameter it belongs to, where the commit tells which.
 
     \b
     ckpt ls
@@ -60,7 +61,10 @@ def ls(revision: str, patterns: tuple[str, ...], long: bool, as_json: bool) -> N
         return
     size = (lambda count: f"{count:,}") if long else output.size
     if entries:
-        output.table([_entry_row(entry, size, long) for entry in entries], right=(3, 4))
+        rows = [_entry_row(entry, size, long) for entry in entries]
+        if any(entry.parameter for entry in entries):
+            rows = [(*row, entry.parameter) for row, entry in zip(rows, entries, strict=True)]
+        output.table(rows, right=(3, 4) if long else (3,))
     if entries and files:
         output.line()
     if files:

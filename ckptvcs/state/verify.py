@@ -1,0 +1,175 @@
+"""Whether a live value is what a stored node says, found out without a second copy of it.
+
+Content is hashed where it lies and compared with the ids of the stored chunks, so that the answer is exact
+and takes the memory of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ckptvcs.ids import chunk_id
+from ckptvcs.state import generators, paths, torch_devices, torch_tensors, values
+from ckptvcs.state.build import flat_encoding
+from ckptvcs.state.interface import Source
+from ckptvcs.state.read import (
+    Branch,
+    Compound,
+    Content,
+    Stored,
+    StoredBlob,
+    StoredLeaf,
+    StoredRandom,
+    StoredTensor,
+    StoredTorch,
+    torch_value,
+)
+from ckptvcs.state.tensors import SHARED_NAMES, ArraySource, BytesSource, Spec, capture, unit
+
+Trusted: TypeAlias = Callable[[StoredTensor, Any], bool]
+"""Whether a live tensor is known to hold what was stored, so that it need not be hashed."""
+
+
+def differences(stored: Stored, live: Any, path: str, chunk: int, trusted: Trusted) -> dict[str, str]:
+    """Path -> what is another there in `live` than was stored; {} if all that was stored is there.
+
+    What `live` has beyond that is no difference, nor is a list for a tuple, or a 0-dim tensor of the same
+    value for a number. Chunk lists must have been resolved; `chunk` is the grid's cell in bytes.
+    """
+    found: dict[str, str] = {}
+    _compare(stored, live, path, chunk, trusted, found)
+    return found
+
+
+def _compare(
+    stored: Stored, live: Any, path: str, chunk: int, trusted: Trusted, found: dict[str, str]
+) -> None:
+    if isinstance(stored, StoredTensor):
+        why = _tensor(stored, live, chunk, trusted)
+    elif isinstance(stored, StoredLeaf):
+        why = None if _same_leaf(stored.value, live) else f"{stored.value!r:.60} stored, now {live!r:.60}"
+    elif isinstance(stored, StoredTorch):
+        made = torch_value(stored, None)
+        why = None if type(made) is type(live) and made == live else f"{made!r} stored, now {live!r:.60}"
+    elif isinstance(stored, StoredRandom):
+        same = generators.holds(live, stored.code, stored.plain)
+        why = None if same else "a random generator in another state"
+    elif isinstance(stored, StoredBlob):
+        why = None if _same_blob(stored, live, chunk) else f"other {stored.kind}"
+    elif isinstance(stored, Compound):
+        parts = _parts_of(stored, live)
+        if parts is None:
+            why = f"{stored.kind} stored, now {type(live).__name__}"
+        else:
+            _children(stored, parts, path, chunk, trusted, found)
+            return
+    elif isinstance(stored, Branch):
+        places = _places(stored, live)
+        if places is None:
+            why = f"{stored.kind} stored, now {type(live).__name__}"
+        else:
+            _children(stored, places, path, chunk, trusted, found)
+            return
+    else:
+        why = f"a {stored.kind} within a state"
+    if why is not None:
+        found[path] = why
+
+
+def _children(
+    stored: Branch,
+    places: Mapping[Any, Any],
+    path: str,
+    chunk: int,
+    trusted: Trusted,
+    found: dict[str, str],
+) -> None:
+    for key, child in zip(stored.keys, stored.children, strict=True):
+        below = paths.join(path, paths.name(key))
+        if key in places:
+            _compare(child, places[key], below, chunk, trusted, found)
+        else:
+            found[below] = "not there any more"
+
+
+def _places(stored: Branch, live: Any) -> Mapping[Any, Any] | None:
+    """What of a live container bears the keys of a stored one."""
+    if not isinstance(live, type) and callable(getattr(live, "state_dict", None)):
+        live = live.state_dict()
+    if stored.kind == "bytearray":
+        return {} if live == stored.make([], []) else None
+    if stored.kind in ("list", "tuple", "deque"):
+        ordered = isinstance(live, Sequence) and not isinstance(live, (str, bytes, bytearray))
+        return dict(enumerate(live)) if ordered or hasattr(live, "maxlen") else None
+    if stored.kind == "namedtuple":
+        return dict(zip(live._fields, live, strict=True)) if values.is_namedtuple(live) else None
+    if isinstance(live, Mapping):
+        return live
+    if isinstance(live, values.DataclassValue):
+        return live.fields
+    return vars(live) if hasattr(live, "__dict__") and stored.kind in ("namespace", "dataclass") else None
+
+
+def _parts_of(stored: Compound, live: Any) -> Mapping[Any, Any] | None:
+    if stored.kind == "generator":
+        state = torch_tensors.generator_state(live)
+        return None if state is None else {"state": state[1]}
+    if not torch_tensors.is_tensor(live) or tuple(live.shape) != stored.shape:
+        return None
+    if stored.kind == "subclass":
+        apart = torch_tensors.subclass(live)
+        same = apart is not None and apart.type == stored.dtype
+        return {**apart.parts, None: apart.context} if apart is not None and same else None
+    sparse, quantized = torch_tensors.sparse(live), torch_tensors.quantized(live)
+    return sparse[2] if sparse else quantized[4] if quantized else None
+
+
+def _tensor(stored: StoredTensor, live: Any, chunk: int, trusted: Trusted) -> str | None:
+    captured: tuple[Spec, Source] | None = None
+    if isinstance(live, np.ndarray):
+        array = capture(live)
+        if array is not None:
+            spec, raw = array
+            captured = spec, ArraySource(raw, unit(spec.dtype, spec.item), spec.swap)
+    elif torch_tensors.is_tensor(live) and torch_tensors.is_dense(live):
+        found = torch_devices.Captures().dense(live)
+        captured = found.spec, found.source
+    if captured is None:
+        return f"{stored.spec} stored, now {type(live).__name__}"
+    spec, source = captured
+    same = stored.spec.framework == spec.framework or spec.dtype in SHARED_NAMES
+    if not same or (spec.dtype, spec.shape) != (stored.spec.dtype, stored.spec.shape):
+        return f"{stored.spec} stored, now {spec}"
+    if trusted(stored, live) or holds(stored.content, source, chunk):
+        return None
+    return f"other values than stored in {stored.spec}"
+
+
+def holds(content: Content, source: Source, chunk: int) -> bool:
+    """Whether these bytes are the stored ones."""
+    if source.nbytes != content.nbytes:
+        return False
+    if content.inline is not None:
+        return not content.nbytes or bytes(source.read(0, content.nbytes)) == content.inline
+    assert content.chunks is not None
+    return all(
+        chunk_id(source.read(at * chunk, min(chunk, content.nbytes - at * chunk))) == id
+        for at, id in enumerate(content.chunks)
+    )
+
+
+def _same_blob(stored: StoredBlob, live: Any, chunk: int) -> bool:
+    if type(live).__name__ != stored.kind:
+        return False
+    data = live.encode("utf-8", "surrogatepass") if isinstance(live, str) else live
+    return holds(stored.content, BytesSource(data), chunk)
+
+
+def _same_leaf(stored: Any, live: Any) -> bool:
+    if type(stored) in (int, float) and torch_tensors.is_tensor(live) and live.ndim == 0:
+        return bool(live.item() == stored)
+    encoded = flat_encoding(live)
+    return encoded is not None and encoded == flat_encoding(stored)
