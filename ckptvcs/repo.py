@@ -38,6 +38,7 @@ from ckptvcs.store import Claim, LogEntry, Move, Operation, Publication, Reader,
 
 if TYPE_CHECKING:
     from ckptvcs.maintenance import fsck, gc
+    from ckptvcs.state import export as exporting
     from ckptvcs.state import files as file_trees
     from ckptvcs.state import tree as state_trees
     from ckptvcs.state.bases import Bases, Held
@@ -819,6 +820,68 @@ class Repo:
                 only=only,
                 force=force,
                 base=base,
+                say=say,
+            )
+
+    def export(
+        self,
+        rev: str | ObjectId | Commit,
+        to: StrPath,
+        *,
+        format: str,
+        only: str | Sequence[str] | None = None,
+        dtype: str | None = None,
+        config_from: StrPath | None = None,
+        max_shard_size: int | str | None = None,
+        tensors_only: bool = False,
+        force: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> exporting.ExportReport:
+        """Write a commit's state as checkpoint files of other tools, below the folder `to` (made if missing).
+
+        Tensor by tensor: the state is never in memory (docs/concepts: export). Each file appears under its
+        name when it is complete and durable.
+
+        Args:
+            rev: which commit.
+            to: the folder.
+            format: 'safetensors', 'torch' (an archive for `torch.load(weights_only=True)`, nested as the
+                state is), 'npz', or 'hf' (a folder for `from_pretrained`).
+            only: names or patterns as in `checkout`. If all begin with the same component, its name is
+                dropped. 'hf' exports the component `model` if there is one and nothing is said here.
+            dtype: 'bf16', 'fp16' or 'fp32': cast floating-point tensors, rounded to nearest even.
+            config_from: for 'hf', a folder whose config and tokenizer files are copied.
+            max_shard_size: for 'hf', bytes of tensors per file: a number or text such as '5GB'; 50 GB.
+            tensors_only: leave out what is no tensor, where the format has no place for it.
+            force: replace files that are there.
+            say: told each tensor's path when it is written.
+
+        UnsupportedStateError lists all values that the format cannot hold; ExistsError if a file is there
+        already. Nothing was written then.
+        """
+        from ckptvcs.state import export as exporting
+
+        commit = self.resolve(rev)
+        if not self.has_state(commit):
+            raise NotFoundError(
+                f"the commit {commit.id.short} holds files and no state",
+                hint=f"`ckpt checkout {commit.id.short} --to DIR` writes them as they were",
+            )
+        make_folders(self._store.disk, Path(to))
+        with self._reading(commit) as reader:
+            return exporting.export(
+                reader,
+                commit.tree,
+                self._store.disk,
+                Path(to),
+                format=format,
+                only=only,
+                dtype=dtype,
+                config_from=config_from,
+                max_shard_size=max_shard_size,
+                tensors_only=tensors_only,
+                force=force,
+                about={"commit": str(commit.id)},
                 say=say,
             )
 
