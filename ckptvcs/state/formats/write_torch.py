@@ -38,6 +38,7 @@ _STORAGES: Final = {
 }
 _LONGEST_INT: Final = 255
 """Bytes of an integer that LONG1, the only opcode for large ones that the reader knows, can hold."""
+_NO_HOOKS: Final[collections.OrderedDict[str, object]] = collections.OrderedDict()
 _AT_ONCE: Final = 1000
 """Items per SETITEMS or APPENDS, as the pickle module has it."""
 
@@ -314,7 +315,7 @@ class _Program:
         if view.parameter:
             self._parameter(view)
             return
-        storage, empty = _Step(lambda: self._storage(view)), collections.OrderedDict[Any, Any]()
+        storage, empty = _Step(lambda: self._storage(view)), _NO_HOOKS
         arguments = [storage, view.offset, view.shape, view.strides, view.grad, empty]
         if view.dtype in _STORAGES:
             self._call("torch._utils _rebuild_tensor_v2", arguments)
@@ -339,7 +340,7 @@ class _Program:
                 self._quantized(value)
 
         grad = not isinstance(value, Quantized) and value.grad
-        self._call("torch._utils _rebuild_parameter", [_Step(data), grad, collections.OrderedDict()])
+        self._call("torch._utils _rebuild_parameter", [_Step(data), grad, _NO_HOOKS])
 
     def _sparse(self, value: Sparse) -> None:
         layout = _Step(lambda: self._call("torch.serialization _get_layout", [f"torch.{value.layout}"]))
@@ -354,7 +355,7 @@ class _Program:
         parameters: tuple[Any, ...] = (scheme, value.scale, value.zero_point)
         if value.axis is not None:
             parameters = (*parameters, value.axis)
-        storage, empty = _Step(lambda: self._storage(view)), collections.OrderedDict[Any, Any]()
+        storage, empty = _Step(lambda: self._storage(view)), _NO_HOOKS
         arguments = [storage, view.offset, view.shape, view.strides, parameters, False, empty]
         self._call("torch._utils _rebuild_qtensor", arguments)
 
