@@ -7,6 +7,7 @@ much else, for which `ckpt log` or `ckpt branch` must not wait.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import logging
@@ -16,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ckptvcs import config as settings
-from ckptvcs.disk import Disk, StrPath, ThreadLock
+from ckptvcs.disk import Disk, StrPath, ThreadLock, scratch_folder
 from ckptvcs.errors import (
     CkptError,
     ConflictError,
@@ -37,6 +38,7 @@ from ckptvcs.opening import FOLDER, Environment, default_author, find, make_fold
 from ckptvcs.store import Claim, LogEntry, Move, Operation, Publication, Reader, Store, Writer
 
 if TYPE_CHECKING:
+    from ckptvcs import importing
     from ckptvcs.maintenance import fsck, gc
     from ckptvcs.state import export as exporting
     from ckptvcs.state import files as file_trees
@@ -884,6 +886,63 @@ class Repo:
                 about={"commit": str(commit.id)},
                 say=say,
             )
+
+    # -- checkpoints of other tools --------------------------------------------------------------
+
+    def import_run(
+        self,
+        folder: StrPath,
+        *,
+        branch: str | None = None,
+        dry_run: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> importing.ImportReport:
+        """Make a branch of a folder of checkpoints, a commit each, byte-exact, in the order of their steps.
+
+        Hugging Face `checkpoint-500/`, Lightning `epoch=2-step=500.ckpt`, `step_100.pt` and the like
+        (docs/concepts: importing a run). Done again, it goes on where it stopped, and takes in what is new.
+        The folder is only read.
+
+        Args:
+            folder: where the checkpoints are.
+            branch: the branch, made if missing; by default called like the folder.
+            dry_run: keep nothing: `rehearsed_import` with this handle's compression.
+            say: told each checkpoint's name when its turn comes.
+
+        ExistsError if the branch holds anything else; NotFoundError if there is no checkpoint.
+        """
+        from ckptvcs import importing
+
+        name = branch or importing.branch_for(Path(folder))
+        refs.branch_ref(name)
+        if dry_run:
+            return self.rehearsed_import(folder, compression=self._compression(), branch=name, say=say)
+        return importing.run(self.on(name), self._store.disk, Path(folder), name, say)
+
+    @classmethod
+    def rehearsed_import(
+        cls,
+        folder: StrPath,
+        *,
+        compression: str | None = None,
+        branch: str | None = None,
+        scratch: StrPath | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> importing.ImportReport:
+        """What `import_run` into an empty repository would find and store. Needs no repository.
+
+        The checkpoints are really encoded, into a repository in a temporary folder (below `scratch`, or
+        where temporary files go) that is removed at the end; it needs as much room as `stored` says.
+        """
+        from ckptvcs import importing
+
+        name = branch or importing.branch_for(Path(folder))
+        with scratch_folder(None if scratch is None else Path(scratch)) as place:
+            with cls.init(place / "rehearsal", compression=compression) as repo:
+                report = importing.run(repo.on(name), repo._store.disk, Path(folder), name, say)
+        report.rehearsal = True
+        report.checkpoints = [dataclasses.replace(each, commit=None) for each in report.checkpoints]
+        return report
 
     # -- refs ------------------------------------------------------------------------------------
 
