@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import fnmatch
 import functools
 import json
@@ -20,18 +21,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
-import numpy as np
-
-from ckptvcs.disk import Disk, Folder, ReadFile, StrPath, WriteFile, random_name
-from ckptvcs.errors import (
-    ExistsError,
-    InvalidError,
-    NotFoundError,
-    StorageError,
-    UnsupportedStateError,
-)
+from ckptvcs.disk import Disk, Folder, ReadFile, StrPath
+from ckptvcs.errors import InvalidError, NotFoundError, UnsupportedStateError
 from ckptvcs.ids import Buffer, ObjectId
 from ckptvcs.state import cast as casting
 from ckptvcs.state import codes, paths
@@ -39,29 +32,12 @@ from ckptvcs.state import tree as trees
 from ckptvcs.state.formats import write_npz, write_safetensors, write_torch
 from ckptvcs.state.formats.outgoing import Outgoing, Sink
 from ckptvcs.state.interface import ObjectReader
-from ckptvcs.state.materialise import Filler, memory_for
-from ckptvcs.state.read import (
-    Branch,
-    Compound,
-    Stored,
-    StoredBlob,
-    StoredLeaf,
-    StoredTensor,
-    StoredTorch,
-)
-from ckptvcs.state.streams import PIECE, Stream
-from ckptvcs.state.tensors import (
-    SHARED_NAMES,
-    TORCH_SIZES,
-    Place,
-    Raw,
-    Spec,
-    arrange,
-    bytes_of,
-    c_strides,
-    ordered_strides,
-    raw_dtype,
-)
+from ckptvcs.state.materialise import memory_for
+from ckptvcs.state.publishing import Writing, write_all
+from ckptvcs.state.read import Branch, Compound, Stored, StoredBlob, StoredLeaf, StoredTensor, StoredTorch
+from ckptvcs.state.streams import Stream
+from ckptvcs.state.tensors import SHARED_NAMES, TORCH_SIZES, Spec
+from ckptvcs.state.torch_memory import Memory, arranged
 
 FORMATS: Final = ("safetensors", "torch", "npz", "hf")
 
@@ -74,9 +50,15 @@ CONFIG_FILES: Final = (
 )  # fmt: skip
 """Files that make a folder of weights loadable by its name alone."""
 
-_ENDINGS: Final = {"safetensors": "safetensors", "torch": "pt", "npz": "npz", "hf": "safetensors"}
+_MADE_OF: Final = {
+    "sparse": (
+        "indices", "crow_indices", "ccol_indices", "col_indices", "row_indices", "values",
+    ),
+    "quantized": ("integers", "scale", "zero_point"),
+}  # fmt: skip
+"""The parts of tensors that are made of several, in the order in which torch takes them."""
+
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")
-_COPY: Final = 1 << 20
 
 
 @dataclass(slots=True)
@@ -112,9 +94,6 @@ class _Leaf(NamedTuple):
     path: str
     keys: tuple[Any, ...]
     node: Stored
-
-
-_Writing: TypeAlias = Callable[[Sink], None]
 
 
 @trees.refuse_deep
@@ -163,11 +142,12 @@ def export(
         stem = "state"
     if format == "torch":
         name = f"{stem}.pt"
-        files: dict[str, _Writing] = {name: planning.torch(stored, prefix, stem, origin)}
+        files: dict[str, Writing] = {name: planning.torch(stored, prefix, stem, origin)}
     else:
         files = planning.flat(stored, prefix, format, stem, shard_size, origin)
     sources = {} if config_from is None else _config_files(Path(config_from))
-    _write_all(disk, to, files, sources, force, report)
+    report.files = write_all(disk, to, files, sources, force)
+    report.copied = list(sources)
     return report
 
 
@@ -237,12 +217,14 @@ class _Planning:
         self._tensors_only = tensors_only
         self._report = report
         self._say = say
+        self._kept: set[int] = set()
+        """Tensors (by identity) that are not cast: what a quantised tensor is made of."""
 
     # -- flat files: names and tensors ---------------------------------------------------------------
 
     def flat(
         self, stored: Stored, prefix: str, format: str, stem: str, shard_size: int, origin: Mapping[str, str]
-    ) -> dict[str, _Writing]:
+    ) -> dict[str, Writing]:
         """The files of a format that knows tensors only."""
         tensors = self._named(stored, prefix, write_npz if format == "npz" else write_safetensors)
         if format == "npz":
@@ -255,7 +237,7 @@ class _Planning:
         names = [f"{stem}.safetensors"]
         if len(shards) > 1:
             names = [f"{stem}-{at:05}-of-{len(shards):05}.safetensors" for at in range(1, len(shards) + 1)]
-        files: dict[str, _Writing] = {}
+        files: dict[str, Writing] = {}
         for name, part in zip(names, shards, strict=True):
             files[name] = functools.partial(_write_safetensors, part, metadata)
         if len(shards) > 1:
@@ -279,7 +261,7 @@ class _Planning:
             if isinstance(node, Compound):
                 refused.append((path, f"a {node.kind} tensor; only dense ones have a place in such a file"))
                 continue
-            dtype = self._dtype(node.spec)
+            dtype = self._dtype(node)
             name = flat_name(keys)
             why = format.why_not(dtype) or format.why_not_called(name)
             if why is not None:
@@ -318,9 +300,9 @@ class _Planning:
                 "cast with dtype=, or export in another format",
             )
 
-    def _dtype(self, spec: Spec) -> str:
-        cast = casting.is_cast(spec.dtype, self._target)
-        return self._target if cast and self._target is not None else spec.dtype
+    def _dtype(self, node: StoredTensor) -> str:
+        cast = casting.is_cast(node.spec.dtype, self._target) and id(node) not in self._kept
+        return self._target if cast and self._target is not None else node.spec.dtype
 
     def _count(self, spec: Spec, dtype: str, nbytes: int) -> None:
         self._report.tensors += 1
@@ -344,14 +326,19 @@ class _Planning:
 
     # -- torch archives: the state as it is nested -----------------------------------------------------
 
-    def torch(self, stored: Stored, prefix: str, stem: str, origin: Mapping[str, str]) -> _Writing:
+    def torch(self, stored: Stored, prefix: str, stem: str, origin: Mapping[str, str]) -> Writing:
         """The one file of a torch archive."""
         refused: list[tuple[str, str]] = []
-        dense = [
-            (path, node)
-            for path, _, node in _leaves(prefix, (), stored)
-            if isinstance(node, StoredTensor) and self._has_torch_dtype(path, node, refused)
-        ]
+        dense: list[tuple[str, StoredTensor]] = []
+        for path, _, node in _leaves(prefix, (), stored):
+            parts = node.children if isinstance(node, Compound) and node.kind in _MADE_OF else [node]
+            dense += [
+                (path, part)
+                for part in parts
+                if isinstance(part, StoredTensor) and self._has_torch_dtype(path, part, refused)
+            ]
+            if node.kind == "quantized":
+                self._kept |= {id(part) for part in parts}
         storages: list[write_torch.Storage] = []
         views = self._views(dense, storages, refused)
         value = self._value(prefix, stored, views, refused)
@@ -380,22 +367,22 @@ class _Planning:
         views: dict[int, write_torch.View] = {}
         for members in groups.values():
             kinds = {node.spec.dtype for _, node in members}
-            targets = {self._dtype(node.spec) for _, node in members}
+            targets = {self._dtype(node) for _, node in members}
             if len(kinds) > 1 and targets != kinds:
                 refused += [(path, "shares memory with tensors of another dtype") for path, _ in members]
                 continue
-            for part in _arranged(members):
+            for part in arranged(members):
                 self._storage(part, storages, views)
         return views
 
     def _storage(
         self,
-        part: _Memory,
+        part: Memory,
         storages: list[write_torch.Storage],
         views: dict[int, write_torch.View],
     ) -> None:
         path, first, _ = part.members[0]
-        source, target = first.spec.dtype, self._dtype(first.spec)
+        source, target = first.spec.dtype, self._dtype(first)
         nbytes = part.nbytes
         if source != target:
             nbytes = nbytes // first.spec.item * TORCH_SIZES[target]
@@ -404,7 +391,7 @@ class _Planning:
         storages.append(write_torch.Storage(nbytes, cast))
         for _, node, place in part.members:
             spec = node.spec
-            dtype = self._dtype(spec)
+            dtype = self._dtype(node)
             flags = spec.flags if spec.framework == "torch" else 0
             views[id(node)] = write_torch.View(
                 len(storages) - 1,
@@ -435,8 +422,7 @@ class _Planning:
         elif isinstance(node, StoredBlob):
             found = self._blob(path, node)
         elif isinstance(node, Compound):
-            refused.append((path, f"a {node.kind} tensor" if node.dtype else f"a {node.kind}"))
-            return None
+            return self._compound(path, node, views, refused)
         elif isinstance(node, Branch):
             children = [
                 self._value(paths.join(path, paths.name(key)), child, views, refused)
@@ -453,6 +439,28 @@ class _Planning:
         if (why := write_torch.why_not(found)) is not None:
             refused.append((path, why))
         return found
+
+    def _compound(
+        self, path: str, node: Compound, views: Mapping[int, write_torch.View], refused: list[tuple[str, str]]
+    ) -> object:
+        parts = dict(zip(node.keys, node.children, strict=True))
+        made: list[Any] = [
+            part.value if isinstance(part, StoredLeaf) else views.get(id(part))
+            for part in (parts.get(name) for name in _MADE_OF.get(node.kind, ()) if name in parts)
+        ]
+        if node.kind not in _MADE_OF or None in made:
+            refused.append((path, f"a {node.kind}{' tensor' if node.dtype else ''}"))
+            return None
+        flags: int = node.about[1]
+        parameter = bool(flags & codes.PARAMETER)
+        if flags & codes.REQUIRES_GRAD and not parameter:
+            refused.append((path, f"a {node.kind} tensor that requires gradients and is no parameter"))
+        if node.kind == "sparse":
+            coalesced = bool(flags & codes.COALESCED)
+            grad = bool(flags & codes.REQUIRES_GRAD)
+            return write_torch.Sparse(node.about[0], node.shape, tuple(made), coalesced, grad, parameter)
+        integers = dataclasses.replace(made[0], dtype=node.dtype)
+        return write_torch.Quantized(integers, node.about[0], made[1], made[2], node.about[2], parameter)
 
     def _blob(self, path: str, node: StoredBlob) -> Any:
         with memory_for(path, node.content.nbytes):
@@ -497,100 +505,7 @@ def _write_safetensors(part: Sequence[Outgoing], metadata: Mapping[str, str], si
     write_safetensors.write(sink, part, metadata)
 
 
-# -- memory as torch has it ------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Memory:
-    """The bytes that some tensors show together, each at its place."""
-
-    nbytes: int
-    members: list[tuple[str, StoredTensor, Place]]
-
-    def pieces(self, reader: ObjectReader) -> Iterator[Buffer]:
-        """The bytes from front to back. Those that no tensor shows are zero."""
-        in_order = all(
-            place.strides == c_strides(node.spec.shape, node.spec.item) for _, node, place in self.members
-        )
-        if in_order:
-            return self._in_order(reader)
-        if len(self.members) == 1 and self.members[0][1].order is not None:
-            _, node, _ = self.members[0]
-            return _in_memory_order(Stream(reader, node.content), node.spec, node.order or [])
-        return self._whole(reader)
-
-    def _in_order(self, reader: ObjectReader) -> Iterator[Buffer]:
-        """Members lie one after another; where they overlap they hold the same bytes."""
-        at = 0
-        for _, node, place in sorted(self.members, key=lambda member: member[2].offset):
-            if place.offset > at:
-                yield from _zeros(place.offset - at)
-                at = place.offset
-            if (end := place.offset + node.spec.nbytes) > at:
-                yield from Stream(reader, node.content).pieces(at - place.offset)
-                at = end
-        yield from _zeros(self.nbytes - at)
-
-    def _whole(self, reader: ObjectReader) -> Iterator[Buffer]:
-        with memory_for(self.members[0][0], self.nbytes):
-            memory: Raw = np.zeros(self.nbytes, np.uint8)
-        filler = Filler(reader)
-        for _, node, place in self.members:
-            spec = node.spec
-            filler.add(
-                node.content,
-                np.ndarray(spec.shape, raw_dtype(spec.item), memory, place.offset, place.strides),
-            )
-        filler.run()
-        for start in range(0, self.nbytes, PIECE):
-            yield memory[start : start + PIECE].data
-
-
-def _arranged(members: Sequence[tuple[str, StoredTensor]]) -> Iterator[_Memory]:
-    """One memory for all of a group, or one for each where none for all makes sense."""
-    places = [(node.spec, node.alias) for _, node in members if node.alias is not None]
-    arranged = arrange(places, shift=True) if places else None
-    if arranged is not None:
-        extent, found = arranged
-        # Whole elements, so that a storage has a length in its dtype.
-        extent += -extent % max(node.spec.item for _, node in members)
-        yield _Memory(extent, [(*member, place) for member, place in zip(members, found, strict=True)])
-        return
-    for path, node in members:
-        spec = node.spec
-        if node.order is None:
-            strides = c_strides(spec.shape, spec.item)
-        else:
-            strides = ordered_strides(spec.shape, spec.item, node.order)
-        yield _Memory(spec.nbytes, [(path, node, Place(0, strides))])
-
-
-def _in_memory_order(stream: Stream, spec: Spec, order: Sequence[int]) -> Iterator[Buffer]:
-    """The bytes of dense memory whose dimensions lie in `order`. If the outermost stays where it is (as in
-    channels_last), some of its rows at a time; else all at once."""
-    outer = next((at for at, axis in enumerate(order) if spec.shape[axis] > 1), 0)
-    axis = order[outer]
-    rows, step = 1, 1
-    if all(length == 1 for length in spec.shape[:axis]):
-        rows = spec.shape[axis]
-        step = max(1, PIECE // (spec.nbytes // rows))
-    inner = spec.nbytes // rows
-    for start in range(0, rows, step):
-        stop = min(rows, start + step) if rows > 1 else 1
-        shape = list(spec.shape)
-        if rows > 1:
-            shape[axis] = stop - start
-        data = stream.read(start * inner, stop * inner)
-        part: Raw = np.frombuffer(data, raw_dtype(spec.item)).reshape(shape)
-        yield bytes_of(np.ascontiguousarray(part.transpose(order)))
-
-
-def _zeros(count: int) -> Iterator[Buffer]:
-    for start in range(0, count, PIECE):
-        yield bytes(min(PIECE, count - start))
-
-
-# -- files -----------------------------------------------------------------------------------------
+# -- files beside the tensors -----------------------------------------------------------------------
 
 
 def _config_files(folder: Path) -> dict[str, ReadFile]:
@@ -622,61 +537,3 @@ def _linked(folder: Path, name: str) -> ReadFile:
         )
     with Folder.open(place.parent) as real:
         return real.open_file(place.name)
-
-
-def _write_all(
-    disk: Disk,
-    to: Path,
-    files: Mapping[str, _Writing],
-    copies: Mapping[str, ReadFile],
-    force: bool,
-    report: ExportReport,
-) -> None:
-    both = sorted(files.keys() & copies.keys())
-    there = [name for name in (*files, *copies) if disk.exists(to / name)]
-    if both or (there and not force):
-        raise ExistsError(
-            f"{', '.join(both or there[:10])} {'would be written twice' if both else f'is in {to} already'}",
-            hint="another folder, or --force to replace",
-        )
-    temporary: dict[str, Path] = {}
-    try:
-        for name in (*copies, *files):
-            temporary[name] = to / f".{random_name()}.ckpt-tmp"
-            with disk.create(temporary[name]) as file:
-                if name in files:
-                    files[name](functools.partial(_put, file))
-                else:
-                    _copy(copies[name], file)
-                    report.copied.append(name)
-                file.sync()
-                report.files[name] = file.size
-        for name, path in list(temporary.items()):
-            if force:
-                disk.rename(path, to / name)
-            else:
-                disk.publish(path, to / name)
-            del temporary[name]
-        disk.sync_dir(to)
-    except FileExistsError as error:
-        raise ExistsError(f"{error.filename} was made meanwhile", hint="another folder") from None
-    finally:
-        for path in temporary.values():
-            with contextlib.suppress(OSError, StorageError):
-                disk.remove(path)
-        for source in copies.values():
-            source.close()
-
-
-def _put(file: WriteFile, piece: Buffer) -> None:
-    start = file.size
-    file.write([piece])
-    if file.size - start >= PIECE // 4:
-        file.start_writeback(start, file.size - start)
-
-
-def _copy(source: ReadFile, file: WriteFile) -> None:
-    at = 0
-    while data := source.read(at, _COPY):
-        file.write([data])
-        at += len(data)
