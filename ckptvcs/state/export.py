@@ -137,9 +137,9 @@ def export(
     report = ExportReport(prefix=prefix)
     origin = {"commit": "", **(about or {})} | ({"cast": target} if target is not None else {})
     planning = _Planning(reader, target, tensors_only, report, say)
-    stem = "model" if format == "hf" or not _FILE_NAME.match(prefix) else prefix
-    if format != "hf" and not prefix:
-        stem = "state"
+    stem = prefix if _FILE_NAME.match(prefix) else "state"
+    if format == "hf":
+        stem = "model"
     if format == "torch":
         name = f"{stem}.pt"
         files: dict[str, Writing] = {name: planning.torch(stored, prefix, stem, origin)}
@@ -383,6 +383,7 @@ class _Planning:
     ) -> None:
         path, first, _ = part.members[0]
         source, target = first.spec.dtype, self._dtype(first)
+        mixed = len({node.spec.dtype for _, node, _ in part.members}) > 1
         nbytes = part.nbytes
         if source != target:
             nbytes = nbytes // first.spec.item * TORCH_SIZES[target]
@@ -402,6 +403,7 @@ class _Planning:
                 TORCH_SIZES[dtype],
                 bool(flags & codes.REQUIRES_GRAD),
                 bool(flags & codes.PARAMETER),
+                mixed,
             )
             self._report.tensors += 1
             if dtype != spec.dtype:

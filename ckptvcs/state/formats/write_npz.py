@@ -29,6 +29,8 @@ def why_not(dtype: str) -> str | None:
 
 def why_not_called(name: str) -> str | None:
     """Why an array cannot have this name, or None. A name is a path for whoever unpacks the archive."""
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        return "its name is not Unicode text (a lone surrogate)"
     if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
         return "its name would lead whoever unpacks the archive out of their folder"
     return None

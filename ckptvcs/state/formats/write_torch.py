@@ -71,6 +71,7 @@ class View:
         item: bytes per element.
         grad: it requires gradients.
         parameter: it is a torch.nn.Parameter.
+        mixed: the storage is shown in several dtypes, so that it can have none itself.
     """
 
     storage: int
@@ -81,6 +82,12 @@ class View:
     item: int
     grad: bool = False
     parameter: bool = False
+    mixed: bool = False
+
+    @property
+    def storage_class(self) -> str | None:
+        """The class that counts the storage in elements; None if it is counted in bytes."""
+        return None if self.mixed else _STORAGES.get(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,14 +324,14 @@ class _Program:
             return
         storage, empty = _Step(lambda: self._storage(view)), _NO_HOOKS
         arguments = [storage, view.offset, view.shape, view.strides, view.grad, empty]
-        if view.dtype in _STORAGES:
+        if view.storage_class is not None:
             self._call("torch._utils _rebuild_tensor_v2", arguments)
         else:
             self._call("torch._utils _rebuild_tensor_v3", [*arguments, Dtype(view.dtype)])
 
     def _storage(self, view: View) -> None:
         nbytes = self._storages[view.storage].nbytes
-        typed = _STORAGES.get(view.dtype)
+        typed = view.storage_class
         kind = _Step(lambda: self._global(f"torch {typed}" if typed else "torch.storage UntypedStorage"))
         size = nbytes // view.item if typed else nbytes
         self._tuple(["storage", kind, str(view.storage), "cpu", size])
