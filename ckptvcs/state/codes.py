@@ -57,6 +57,8 @@ grid.inline of them), or [pos, ...] of its chunks in order, or {"list": pos} of 
 are more than grid.chunk_list chunks. *Layout* is nil for C order, or the dimensions from the outermost in
 memory to the innermost, or {"alias": [group, byte offset in the group, byte strides or nil for C order]}.
 *Flags* is a sum of BIG_ENDIAN, REQUIRES_GRAD, PARAMETER and COALESCED below.
+The components of a TORCH_SUBCLASS are tensors of any kind under the names that its class gives them; of a
+class that only relabels a plain tensor there is one, called "".
 
 **Weight** decides where a tree is split. It is a function of content and grid alone:
 
