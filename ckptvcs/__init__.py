@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ckptvcs import rng
     from ckptvcs.errors import (
         AmbiguousError,
         CkptError,
@@ -55,6 +56,7 @@ __all__ = [
     "StateMismatchError",
     "StorageError",
     "UnsupportedStateError",
+    "rng",
 ]
 
 _HOMES = {
@@ -64,6 +66,8 @@ _HOMES = {
     "Restored": "ckptvcs.repo",
 }
 
+_MODULES = ("rng",)
+
 
 def __getattr__(name: str) -> Any:
     # Names are imported on first use, so that `ckpt --version` and error handling stay cheap.
@@ -71,6 +75,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'ckptvcs' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"ckptvcs.{name}")  # which also makes it an attribute
     value = getattr(import_module(_HOMES.get(name, "ckptvcs.errors")), name)
     globals()[name] = value
     return value

@@ -24,12 +24,13 @@ from ckptvcs.errors import InvalidError
 
 COMPRESSION_LEVELS: Final = ("fast", "balanced", "small")
 _MODES: Final = ("min", "max")
-_UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)\Z")
+_UNITS: Final = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(|s|m|min|h|d|w)\Z")
 
 
 def seconds_of(duration: str | float | datetime.timedelta) -> float:
-    """Seconds in '0', '30m', '24h', '7d', a number of seconds or a timedelta. InvalidError otherwise."""
+    """Seconds in '0', '30m' ('30min'), '24h', '7d', a number of seconds or a timedelta. InvalidError
+    otherwise."""
     if isinstance(duration, datetime.timedelta):
         seconds = duration.total_seconds()
     elif isinstance(duration, (int, float)) and not isinstance(duration, bool):

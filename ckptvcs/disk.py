@@ -19,6 +19,7 @@ import fcntl
 import getpass
 import mmap
 import os
+import platform
 import shutil
 import stat
 import sys
@@ -212,6 +213,12 @@ class Lock:
         except OSError:
             return False
         return (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino)
+
+    def write(self, data: Buffer) -> None:
+        """Make this the locked file's content, for those who find it locked. Not durable."""
+        with translated("write", self.path):
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, data, 0)
 
     def release(self) -> None:
         """Let go of the lock."""
@@ -441,6 +448,10 @@ class Disk:
     def process(self) -> int:
         """This process's id: how a forked child notices that it is one."""
         return os.getpid()
+
+    def host(self) -> str:
+        """This machine's name, for people."""
+        return platform.node() or "localhost"
 
 
 def _open_for_lock(path: Path, shared: bool) -> int:

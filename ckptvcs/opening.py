@@ -14,6 +14,14 @@ from ckptvcs.disk import Disk, environment_variable, login
 from ckptvcs.errors import InvalidError
 from ckptvcs.history import refs
 
+_JOBS: Final = (
+    ("slurm", "SLURM_JOB_ID"),
+    ("pbs", "PBS_JOBID"),
+    ("lsf", "LSB_JOBID"),
+    ("sge", "JOB_ID"),
+    ("flux", "FLUX_JOB_ID"),
+)
+
 FOLDER: Final = ".ckpt"
 """The repository folder's name, inside the folder that people name."""
 
@@ -26,6 +34,7 @@ class Environment:
         branch: `CKPT_BRANCH`, checked to be a branch name.
         author: `CKPT_AUTHOR`.
         threads: `CKPT_THREADS`, from 1 up.
+        job: what a batch system calls the job this process belongs to, as in 'slurm 4711'.
     """
 
     def __init__(self) -> None:
@@ -38,6 +47,12 @@ class Environment:
         if threads and not (threads.isdecimal() and len(threads) < 5 and int(threads) > 0):
             raise InvalidError(f"CKPT_THREADS is {threads!r}", hint="set it to a number from 1 up")
         self.threads = int(threads) if threads else None
+        self.job = next((f"{name} {job}" for name, job in map(_job, _JOBS) if job), None)
+
+
+def _job(of: tuple[str, str]) -> tuple[str, str | None]:
+    name, variable = of
+    return name, environment_variable(variable)
 
 
 def default_author() -> str:

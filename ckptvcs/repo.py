@@ -34,7 +34,7 @@ from ckptvcs.history.graph import History
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.opening import FOLDER, Environment, default_author, find, make_folders
-from ckptvcs.store import LogEntry, Move, Operation, Publication, Reader, Store, Writer
+from ckptvcs.store import Claim, LogEntry, Move, Operation, Publication, Reader, Store, Writer
 
 if TYPE_CHECKING:
     from ckptvcs.maintenance import fsck, gc
@@ -87,9 +87,12 @@ class Restored(dict[str, Any]):
 class _Shared:
     """What the handles of one opened repository have in common."""
 
-    def __init__(self, store: Store, author: str | None, compression: str | None = None) -> None:
+    def __init__(
+        self, store: Store, author: str | None, compression: str | None = None, job: str | None = None
+    ) -> None:
         self.store = store
         self.compression = compression
+        self.job = job
         self.history = History(store)
         self.author = author
         self.children: list[Repo] = []
@@ -123,6 +126,7 @@ class Repo:
         self._warned = False
         # The content of the commit this handle made last, so that its tree need not be read.
         self._held: tuple[ObjectId, dict[str, Held]] | None = None
+        self._claim: Claim | None = None
         self._ref: str | None
         self._tip: ObjectId | None
         with shared.store.snapshot() as snapshot:
@@ -164,7 +168,7 @@ class Repo:
             who=environ.author or default_author(),
             threads=environ.threads,
         )
-        return cls(_Shared(store, environ.author), environ.branch, owner=True)
+        return cls(_Shared(store, environ.author, job=environ.job), environ.branch, owner=True)
 
     @classmethod
     def open(
@@ -216,7 +220,8 @@ class Repo:
             )
         store = Store.open(root, disk, threads=environ.threads, say=say or _log.warning, rebuild=rebuild)
         try:
-            return cls(_Shared(store, environ.author, compression), branch or environ.branch, owner=True)
+            shared = _Shared(store, environ.author, compression, environ.job)
+            return cls(shared, branch or environ.branch, owner=True)
         except BaseException:
             store.close()
             raise
@@ -233,11 +238,17 @@ class Repo:
             return
         with self._mutex:
             self._closed = True
+            self._let_go()
         if self._owner:
             for child in self._shared.children:
                 with child._mutex:  # a commit that another thread is making there ends first
                     child._closed = True
+                    child._let_go()
             self._shared.store.close()
+
+    def _let_go(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
 
     def __enter__(self) -> Self:
         return self
@@ -275,6 +286,17 @@ class Repo:
         return None if self._ref is None else self._ref.removeprefix(refs.HEADS)
 
     @property
+    def origin(self) -> Commit | None:
+        """The commit this handle restored or committed last: where its next one comes from."""
+        origin = self._origin
+        return None if origin is None else self._open_shared().history.commit(origin)
+
+    @property
+    def disk(self) -> Disk:
+        """The door to files and the clock through which this repository is used."""
+        return self._shared.store.disk
+
+    @property
     def author(self) -> str:
         """Who commits: `CKPT_AUTHOR`, else the config's author, else login@host."""
         shared = self._open_shared()
@@ -303,6 +325,12 @@ class Repo:
     def _metric_mode(self, metric: str) -> str | None:
         return self.config.metric_mode(metric)
 
+    def metric_mode(self, metric: str) -> str:
+        """Whether small or large values of a metric are better: 'min' or 'max', by the setting
+        `metric.NAME.mode`, else by its name. InvalidError if neither tells."""
+        self._open_shared()
+        return self._revisions.mode(metric)
+
     # -- committing ------------------------------------------------------------------------------
 
     def commit(
@@ -315,6 +343,7 @@ class Repo:
         metrics: Mapping[str, Any] | None = None,
         config: Any = None,
         files: Mapping[str, StrPath] | None = None,
+        environment: Mapping[str, Any] | None = None,
     ) -> Commit:
         """Save a state on the handle's branch. Durable when it returns.
 
@@ -326,6 +355,7 @@ class Repo:
             metrics: numbers by name, such as {"val_loss": 0.31}.
             config: hyperparameters: a mapping or an argparse.Namespace.
             files: files to keep beside the state, by the path they get in the commit.
+            environment: circumstances to record besides those that are captured, nested plain values.
 
         The first parent is the branch's tip as this handle last committed, restored or saw it at open.
 
@@ -349,7 +379,64 @@ class Repo:
             epoch=epoch,
             metrics=metrics,
             config=config,
+            circumstances=environment,
         )
+
+    def check_commit(
+        self, state: Any, *, metrics: Mapping[str, Any] | None = None, config: Any = None
+    ) -> None:
+        """Refuse now what `commit` with these arguments would refuse later. Writes nothing, copies nothing.
+
+        Raises:
+            UnsupportedStateError: leaves of the state or of the config that cannot be stored, all of them.
+            InvalidError: metrics or config of another kind.
+            LineageError: the handle restored a commit that is not its branch's tip, or HEAD is detached.
+            ConflictError: somebody moved the branch since this handle saw it.
+        """
+        from ckptvcs.state import tree as state_trees
+        from ckptvcs.state.distributed import refuse_on_other_ranks
+
+        refuse_on_other_ranks()
+        commits.plain_metrics(metrics)
+        commits.plain_config(config)
+        store = self._store
+        store.format.check("write")
+        with self._mutex:
+            self._lineage()
+            if self._head()[1] != self._tip:
+                raise ConflictError(
+                    f"somebody else moved the branch {self.branch_name} since this handle saw it",
+                    hint="restore its tip and go on from there, or work on a branch of its own",
+                )
+        state_trees.check(state)
+
+    def claim(self, *, steal: bool = False) -> Claim:
+        """Claim this handle's branch for this process, until `release`, `close` or the process's end.
+
+        Others cannot claim the branch meanwhile, and this handle commits only while it holds the claim. Seen
+        by all processes of this machine; somebody who does not claim may still commit, which ends as a
+        conflict.
+
+        Args:
+            steal: take the branch over from a living claimant, whose handle then refuses to commit.
+
+        Raises LockedError (code 'claimed') naming the claimant's job, process and host, and LineageError
+        if HEAD is detached.
+        """
+        shared = self._open_shared()
+        if self._ref is None:
+            raise _detached()
+        holder = {
+            "process": self.disk.process(),
+            "host": self.disk.host(),
+            "job": shared.job,
+            "author": self.author,
+        }
+        claim = shared.store.claim(self._ref, holder, steal=steal)
+        with self._mutex:
+            self._let_go()
+            self._claim = claim
+        return claim
 
     def commit_files(
         self,
@@ -391,6 +478,7 @@ class Repo:
         epoch: Any,
         metrics: Mapping[str, Any] | None,
         config: Any,
+        circumstances: Mapping[str, Any] | None = None,
         continues: bool = False,
     ) -> Commit:
         shared = self._open_shared()
@@ -405,12 +493,17 @@ class Repo:
             "metrics": commits.plain_metrics(metrics),
             "config": commits.plain_config(config),
             "overrides": {},
-            "environment": environment.capture() if shared.config.get("environment") else {},
+            "environment": {
+                **(environment.capture() if shared.config.get("environment") else {}),
+                **commits.plain_config(circumstances, "environment"),
+            },
         }
         with self._mutex, shared.store.operation():
             if continues and self._origin is None:
                 self._origin = self._tip
             ref, parents = self._lineage()
+            if self._claim is not None:
+                self._claim.check()  # and again when the refs move; nothing need be hashed to find it gone
             with shared.store.writer(self._compression()) as writer:
                 tree, sizes, held = write(writer, self._bases(parents))
                 writer.section("")
@@ -433,6 +526,7 @@ class Repo:
                     who=fields["author"],
                     why=f"commit: {_shortened(message)}".rstrip(": "),
                     info={"given": sum(sizes.values()), "stored": stored},
+                    claim=self._claim,
                 )
                 won = False
                 try:
@@ -496,10 +590,7 @@ class Repo:
     def _lineage(self) -> tuple[str, tuple[ObjectId, ...]]:
         """The ref to move and the new commit's parents; refuses what would record a false parent."""
         if self._ref is None:
-            raise LineageError(
-                "HEAD is detached, so there is no branch to commit to",
-                hint="open the repository with branch=..., or `ckpt switch BRANCH`",
-            )
+            raise _detached()
         branch = self.branch_name
         if self._tip is None:
             return self._ref, () if self._origin is None else (self._origin,)
@@ -649,12 +740,20 @@ class Repo:
         self,
         rev: str | ObjectId | Commit | Sequence[str | ObjectId | Commit] = "HEAD",
         n: int | None = None,
+        *,
+        first_parent: bool = False,
     ) -> Iterator[Commit]:
-        """Commits reachable from a revision, or from several, children before parents; at most `n`."""
+        """Commits reachable from a revision, or from several, children before parents; at most `n`.
+
+        `first_parent` follows first parents alone: one line of commits, from one revision.
+        """
         shared = self._open_shared()
         revs = [rev] if isinstance(rev, (str, ObjectId, Commit)) else rev
         tips = [self._revisions.resolve(each) for each in revs]
-        yield from itertools.islice(shared.history.walk(tips), n)
+        if first_parent and len(tips) != 1:
+            raise InvalidError("first_parent follows one revision, not several")
+        found = shared.history.first_parents(tips[0]) if first_parent else shared.history.walk(tips)
+        yield from itertools.islice(found, n)
 
     def metrics(self, commit: Commit) -> dict[str, Any]:
         """A commit's metrics together with those that notes added later."""
@@ -875,6 +974,13 @@ class Repo:
                     raise
                 store.reopen()
         return fsck.check(store, full=full)
+
+
+def _detached() -> LineageError:
+    return LineageError(
+        "HEAD is detached, so there is no branch to commit to",
+        hint="open the repository with branch=..., or `ckpt switch BRANCH`",
+    )
 
 
 def _shortened(message: str) -> str:

@@ -13,9 +13,32 @@ import numpy as np
 
 from ckptvcs.canonical import Tagged, encode
 from ckptvcs.errors import InvalidError, UnsupportedStateError
-from ckptvcs.state import codes, configs, paths, torch_devices, torch_objects, torch_tensors, values
-from ckptvcs.state.interface import Source
-from ckptvcs.state.nodes import Content, Context, Data, Leaf, ListNode, MapNode, Node, Tag, TensorNode
+from ckptvcs.state import (
+    codes,
+    configs,
+    generators,
+    paths,
+    torch_devices,
+    torch_objects,
+    torch_tensors,
+    values,
+)
+from ckptvcs.state.bases import INSIDE
+from ckptvcs.state.interface import Source, is_last
+from ckptvcs.state.nodes import (
+    Content,
+    Context,
+    Data,
+    Deferred,
+    Leaf,
+    ListNode,
+    MapNode,
+    Node,
+    Row,
+    Tag,
+    TensorFile,
+    TensorNode,
+)
 from ckptvcs.state.tensors import (
     ArraySource,
     BytesSource,
@@ -44,6 +67,24 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+class TensorContent(NamedTuple):
+    """A tensor in a file that is to be stored.
+
+    Attributes:
+        name: its path in the file.
+        before: how many bytes of the file's rest come between it and the tensor before it.
+        spec: dtype, shape, flags.
+        order: the order of its dimensions in the file if that is not C order.
+        source: its bytes in C order and little endian, at least one.
+    """
+
+    name: str
+    before: int
+    spec: Spec
+    order: list[int] | None
+    source: Source
+
+
 @dataclass(frozen=True, slots=True)
 class FileContent:
     """A file to be stored.
@@ -53,7 +94,9 @@ class FileContent:
         mode: permission bits.
         digest: BLAKE3 of the whole file.
         splitter: 0 if the grid cuts it, else the id of the splitter that made `sources`.
-        sources: its bytes; each is cut by the grid in turn.
+        sources: its bytes; each is cut by the grid in turn. If it holds tensors: the bytes of the rest.
+        format: what it is, as people call it, if it holds tensors.
+        tensors: its tensors, in the order of their bytes. Then `splitter` is 0.
     """
 
     size: int
@@ -61,6 +104,8 @@ class FileContent:
     digest: bytes
     splitter: int
     sources: Sequence[Source]
+    format: str = ""
+    tensors: Sequence[TensorContent] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +116,6 @@ class LinkContent:
 
 
 Folder: TypeAlias = "Mapping[str, FileContent | LinkContent | Folder]"
-
-FILES: Final = paths.name("")
-"""The first component of every path of content in files, which keeps it apart from nearly every state's."""
 
 _Trail: TypeAlias = "tuple[Any, object] | None"
 _IN_FILES: Final[_Trail] = (None, "")
@@ -109,6 +151,8 @@ class Builder:
         # seem to share it. Raw views keep their memory alive on their own, for as long as sources last.
         self._kept: list[Any] = []
         self._captures = torch_devices.Captures()
+        # Random generators and what else has to be seen last: `state_dict()` of an object may draw numbers.
+        self._later: list[Callable[[], None]] = []
         self.contents: dict[str, list[tuple[Place, Content]]] = {}
         self.sizes: dict[str, int] = {}
         self._component = ""
@@ -116,6 +160,8 @@ class Builder:
     def state(self, value: Any) -> Node:
         """The node of a whole state. UnsupportedStateError lists every leaf that cannot be stored."""
         node = self._node(value, None, 0)
+        for look in self._later:
+            look()
         if self._errors:
             raise UnsupportedStateError(self._errors)
         aliases = find_aliases([(node.spec.framework, raw) for node, raw in self._tensors])
@@ -134,10 +180,26 @@ class Builder:
         trail = (trail, name)
         if isinstance(entry, LinkContent):
             return Leaf(encode(Tagged(codes.LINK, encode(entry.target))))
+        if isinstance(entry, FileContent) and entry.tensors:
+            return self._tensor_file(entry, trail)
         if isinstance(entry, FileContent):
             fields = [encode(field) for field in (entry.size, entry.mode, entry.digest, entry.splitter)]
             return Data(codes.FILE, fields, self._content(entry.size, entry.sources, trail))
         return MapNode([(encode(key), self._file(key, below, trail)) for key, below in entry.items()])
+
+    def _tensor_file(self, entry: FileContent, trail: _Trail) -> Node:
+        fields = [encode(field) for field in (entry.size, entry.mode, entry.digest, entry.format)]
+        rest = entry.size - sum(tensor.spec.nbytes for tensor in entry.tensors)
+        content = self._content(rest, entry.sources, trail)
+        found: list[tuple[bytes, Node]] = []
+        for name, before, spec, order, source in entry.tensors:
+            self._counted(None)
+            node = TensorNode(
+                spec, self._content(spec.nbytes, [source], trail, spec.dtype, spec.shape, INSIDE + name)
+            )
+            node.set_layout(order, None)
+            found.append((encode(name), Row([Leaf(encode(before)), node])))
+        return TensorFile(fields, content, MapNode(found))
 
     def _enter(self, component: str) -> None:
         self._component = component
@@ -151,10 +213,11 @@ class Builder:
         trail: _Trail,
         dtype: str = "",
         shape: tuple[int, ...] = (),
+        inside: str = "",
     ) -> Content:
         content = Content(nbytes, sources, self._grid)
         if content.inline is None:
-            place = Place(_path(trail), dtype, shape)
+            place = Place(_path(trail) + inside, dtype, shape)
             self.contents.setdefault(self._component, []).append((place, content))
         self.sizes[self._component] = self.sizes.get(self._component, 0) + nbytes
         return content
@@ -244,6 +307,28 @@ class Builder:
     def _torch_leaf(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
         code, plain = torch_tensors.leaf(value) or (0, None)
         return self._leaf(encode(Tagged(code, encode(plain))))
+
+    def _random(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
+        if in_key:
+            return self._refuse(trail, "generator as a key or in a set")
+
+        def look() -> Node:
+            try:
+                return self._leaf(generators.leaf(value))
+            except InvalidError as error:
+                return self._refuse(trail, str(error))
+
+        return self._deferred(look)
+
+    def _deferred(self, look: Callable[[], Node]) -> Node:
+        place, component = Deferred(), self._component
+
+        def fill() -> None:
+            self._component = component
+            place.node = look()
+
+        self._later.append(fill)
+        return place
 
     # -- containers -------------------------------------------------------------------------------
 
@@ -362,6 +447,11 @@ class Builder:
             return self._refuse(trail, f"{type(value).__name__} as a key or in a set")
         # Before anything of the object is called: its state_dict() may wait for other processes.
         torch_objects.refuse_sharded(value, lambda: _path(trail))
+        if is_last(value):
+            return self._deferred(lambda: self._expanded(value, trail, depth))
+        return self._expanded(value, trail, depth)
+
+    def _expanded(self, value: Any, trail: _Trail, depth: int) -> Node:
         expanded = value.state_dict()
         if torch_tensors.is_module(value):
             try:
@@ -437,14 +527,18 @@ class Builder:
         )
 
     def _generator(self, value: Any, trail: _Trail, depth: int, in_key: bool) -> Node:
-        device, state = torch_tensors.generator_state(value) or ("", None)
         if in_key:
             return self._refuse(trail, "generator as a key or in a set")
-        self._kept.append(state)
-        return Tag(
-            codes.TORCH_GENERATOR,
-            [self._leaf(encode(device)), self._tensor((trail, "state"), *self._captures.dense(state))],
-        )
+
+        def look() -> Node:
+            device, state = torch_tensors.generator_state(value) or ("", None)
+            self._kept.append(state)
+            return Tag(
+                codes.TORCH_GENERATOR,
+                [self._leaf(encode(device)), self._tensor((trail, "state"), *self._captures.dense(state))],
+            )
+
+        return self._deferred(look)
 
 
 _Handler: TypeAlias = Callable[[Builder, Any, _Trail, int, bool], Node]
@@ -507,6 +601,8 @@ def _handler(value: Any) -> _Handler | None:
         return Builder._torch_leaf
     if torch_tensors.generator_state(value) is not None:
         return Builder._generator
+    if generators.is_generator(value):
+        return Builder._random
     if values.is_namedtuple(value):
         return Builder._namedtuple
     if values.namespace_code(value) is not None:
@@ -554,6 +650,4 @@ def _why_unsupported(value: object) -> str:
         return f"torch storage {kind.__name__}; store a tensor over it"
     if callable(value):
         return f"callable {kind.__qualname__}"
-    if isinstance(value, (np.random.Generator, np.random.RandomState, np.random.BitGenerator)):
-        return f"class {kind.__qualname__}; store its state (`.bit_generator.state` or `.get_state()`)"
     return f"class {kind.__qualname__} has no state_dict()"

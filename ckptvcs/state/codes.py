@@ -33,8 +33,11 @@ exception: a table with repetitions and no body.
      23   RANGE             [start, stop, step]
      24   SLICE             [start node, stop node, step node]
      25   ELLIPSIS          nil
+     26   RANDOM            [version, bytes of 625 words of 32 bit, normal deviate or nil]   (random.Random)
      30   NUMPY_SCALAR      [dtype name, bytes]
      31   NUMPY_DTYPE       [dtype name, flags]
+     32   NUMPY_GENERATOR   [class name, bit generator name, {field: integer, bytes or fields},
+                             normal deviate or nil, seed sequence or nil]
      40   TENSOR            [framework, dtype name, shape, flags, layout, data]
      41   SPARSE            [layout name, shape, flags, {component name: TENSOR}]
      42   QUANTIZED         [dtype name, scheme name, flags, axis or nil, {component name: TENSOR or number}]
@@ -51,14 +54,25 @@ exception: a table with repetitions and no body.
      63   ROOT              {"state": node, "files": node}, either may be absent; the body of a commit's tree
      64   FILE              [size, mode, BLAKE3 of the file, splitter id, data]
      65   LINK              target text of a symbolic link
+     66   TENSOR_FILE       [size, mode, BLAKE3 of the file, format, data, map of [int, TENSOR] by path]
 
 *Type name* is "module:qualname". *Framework* is "numpy" or "torch". *Data* is the bytes themselves (at most
 grid.inline of them), or [pos, ...] of its chunks in order, or {"list": pos} of its chunk list when there
 are more than grid.chunk_list chunks. *Layout* is nil for C order, or the dimensions from the outermost in
 memory to the innermost, or {"alias": [group, byte offset in the group, byte strides or nil for C order]}.
+The words of a RANDOM and the arrays of a NUMPY_GENERATOR are little endian. Its class is "Generator",
+"RandomState" or "BitGenerator", its fields are those of numpy's `state`, and its *seed sequence* is
+[entropy, [spawn key, ...], pool size, children spawned].
 *Flags* is a sum of BIG_ENDIAN, REQUIRES_GRAD, PARAMETER and COALESCED below.
 The components of a TORCH_SUBCLASS are tensors of any kind under the names that its class gives them; of a
 class that only relabels a plain tensor there is one, called "".
+
+A TENSOR_FILE is a file in which tensors lie. Its map names them in the order of their bytes; its data is all
+other bytes of the file, in their order, as many as size leaves. The int in front of a TENSOR says how many
+of these come between it and the tensor before it. A TENSOR's layout there is nil or dimensions, never an
+alias, and tells how it lies in the file, as BIG_ENDIAN tells of its numbers; so the file is the bytes before
+the first tensor, that tensor as it lies in the file, and so on. *Format* and paths are text for people. Which
+tensors are found in a file, and which of them are left in its data, is the writer's choice.
 
 **Weight** decides where a tree is split. It is a function of content and grid alone:
 
@@ -66,6 +80,8 @@ class that only relabels a plain tensor there is one, called "".
   a type name) weighs the length of its encoding;
 - a TENSOR, BLOB or FILE weighs 8, its encoded fields other than data, and its data: the encoded inline
   bytes, or `REFERENCE` per chunk named, or `REFERENCE` for a chunk list;
+- a TENSOR_FILE weighs what a FILE would, and its map; an entry there weighs its path, 8, the encoded int and
+  the TENSOR;
 - a list, dict or other tagged node weighs 8 and what its fields, keys and children weigh, where a list or
   dict that is heavier than grid.subtree counts as `REFERENCE`.
 
@@ -108,8 +124,10 @@ DATACLASS: Final = 22
 RANGE: Final = 23
 SLICE: Final = 24
 ELLIPSIS: Final = 25
+RANDOM: Final = 26
 NUMPY_SCALAR: Final = 30
 NUMPY_DTYPE: Final = 31
+NUMPY_GENERATOR: Final = 32
 TENSOR: Final = 40
 SPARSE: Final = 41
 QUANTIZED: Final = 42
@@ -126,6 +144,7 @@ LIST_PAGES: Final = 62
 ROOT: Final = 63
 FILE: Final = 64
 LINK: Final = 65
+TENSOR_FILE: Final = 66
 
 BIG_ENDIAN: Final = 1
 """The array's dtype was big endian; its stored bytes are little endian like all others."""

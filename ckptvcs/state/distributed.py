@@ -1,22 +1,46 @@
-"""What the plain path does under torch.distributed: rank 0 commits, and only rank 0."""
+"""Processes under torch.distributed: who may commit, and gathering what each of them has."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from ckptvcs.errors import InvalidError
 
 
-def refuse_on_other_ranks() -> None:
-    """InvalidError on every rank but 0 of a running process group. Never imports torch."""
+def _group() -> Any:
+    """torch.distributed if a process group runs, else None. Never imports torch."""
     torch = sys.modules.get("torch")
     distributed = getattr(torch, "distributed", None)
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return
-    rank = int(distributed.get_rank())
+        return None
+    return distributed
+
+
+def place() -> tuple[int, int]:
+    """(this process's rank, how many processes there are); (0, 1) without a process group."""
+    group = _group()
+    return (0, 1) if group is None else (int(group.get_rank()), int(group.get_world_size()))
+
+
+def refuse_on_other_ranks() -> None:
+    """InvalidError on every rank but 0 of a running process group. Never imports torch."""
+    rank, _ = place()
     if rank > 0:
         raise InvalidError(
             f"commit was called on rank {rank}; only rank 0 may commit",
             hint="guard the call with `if rank == 0`, after gathering what you save",
             code="wrong-rank",
         )
+
+
+def gather(value: Any) -> list[Any] | None:
+    """The values of all ranks, on rank 0; None on the others. A collective call: every rank makes it, or
+    those that do wait for ever. Without a process group, the one value."""
+    group = _group()
+    if group is None:
+        return [value]
+    rank, world = place()
+    found: list[Any] | None = [None] * world if rank == 0 else None
+    group.gather_object(value, found, dst=0)
+    return found

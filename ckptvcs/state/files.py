@@ -7,12 +7,15 @@ unchecked: every step below the destination goes through `disk.Folder`.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from ckptvcs.disk import Disk, Folder, ReadFile, StrPath, check_name, check_target
 from ckptvcs.errors import (
@@ -22,18 +25,26 @@ from ckptvcs.errors import (
     NotFoundError,
     StorageError,
 )
-from ckptvcs.ids import Buffer, Hasher, Kind, ObjectId, chunk_id
+from ckptvcs.ids import Buffer, Hasher, ObjectId, chunk_id
+from ckptvcs.state import codes
 from ckptvcs.state import tree as trees
-from ckptvcs.state.build import FileContent, LinkContent
+from ckptvcs.state.build import FileContent, LinkContent, TensorContent
 from ckptvcs.state.build import Folder as StoredFolder
+from ckptvcs.state.formats.layout import File, Layout, Tensor, TensorSource
+from ckptvcs.state.formats.recognise import recognise
 from ckptvcs.state.interface import ObjectReader
-from ckptvcs.state.materialise import memory_for, parse_chunk_list
-from ckptvcs.state.read import StoredFile, StoredLink
+from ckptvcs.state.materialise import Filler, memory_for, resolve
+from ckptvcs.state.read import Content, StoredFile, StoredLink, StoredTensor, TensorInFile
+from ckptvcs.state.tensors import ArraySource, Raw, raw_dtype, swap
 
 _REPOSITORY: Final = ".ckpt"
 _PERMISSIONS: Final = 0o777
 """Without setuid, setgid and sticky, which no checkout may bring back."""
 _CHUNKS_AT_ONCE: Final = 16
+_SMALL: Final = 256
+"""A tensor of so many bytes is not worth an entry of its own, and stays in what lies around it."""
+_TURNED: Final = 256 << 20
+"""A tensor of a file that is not in C order is held in memory whole if it has at most so many bytes."""
 _PIECE: Final = 1 << 20
 """Bytes hashed at a time; a multiple of no grid, only a buffer size."""
 
@@ -79,27 +90,104 @@ class FileStatus:
 # -- storing --------------------------------------------------------------------------------------
 
 
-class _FileSource:
-    """A file's bytes, read again when asked, and refused if they are no longer those that were hashed."""
+class _Ranges:
+    """Stretches of a file as if they followed each other, read again when asked, and refused if they are no
+    longer what was hashed.
+
+    `add` them in the order of the file while it is hashed; then `read`.
+    """
 
     element_size = 1
 
-    def __init__(self, path: Path, nbytes: int, pieces: list[ObjectId]) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self.nbytes = nbytes
-        self._pieces = pieces
+        self.nbytes = 0
+        self._starts: list[int] = []  # in this source, of each stretch
+        self._offsets: list[int] = []  # in the file
+        self._pieces: list[ObjectId] = []
+        self._open = bytearray()
 
-    def read(self, offset: int, length: int) -> Buffer:
+    def add(self, offset: int, data: bytes) -> None:
+        """The bytes that lie at `offset` in the file."""
+        if not self._offsets or self._offsets[-1] + self.nbytes - self._starts[-1] != offset:
+            self._starts.append(self.nbytes)
+            self._offsets.append(offset)
+        self.nbytes += len(data)
+        if not self._open and len(data) == _PIECE:
+            self._pieces.append(chunk_id(data))
+            return
+        self._open += data
+        while len(self._open) >= _PIECE:
+            self._pieces.append(chunk_id(memoryview(self._open)[:_PIECE]))
+            self._open = self._open[_PIECE:]
+
+    def close(self) -> None:
+        """No more is added."""
+        if self._open:
+            self._pieces.append(chunk_id(self._open))
+            self._open = bytearray()
+
+    def read(self, offset: int, length: int) -> bytes:
         # Opened for each read: a folder may hold more files than a process may have open.
+        parts = []
+        end = offset + length
         try:
             with ReadFile(self._path) as file:
-                data = file.read(offset, length)
+                at = bisect.bisect_right(self._starts, offset) - 1
+                while offset < end:
+                    last = self._starts[at + 1] if at + 1 < len(self._starts) else self.nbytes
+                    part = file.read(self._offsets[at] + offset - self._starts[at], min(last, end) - offset)
+                    if len(part) != min(last, end) - offset:
+                        raise _changed(self._path)
+                    parts.append(part)
+                    offset += len(part)
+                    at += 1
         except FileNotFoundError:
             raise _changed(self._path) from None
-        aligned = offset % _PIECE == 0 and (length == _PIECE or offset + length == self.nbytes)
-        if len(data) != length or (aligned and chunk_id(data) != self._pieces[offset // _PIECE]):
-            raise _changed(self._path)
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        self._check(end - length, data)
         return data
+
+    def _check(self, offset: int, data: bytes) -> None:
+        """Compare each whole piece in `data` with what was hashed."""
+        end = offset + len(data)
+        for at in range(-(-offset // _PIECE), len(self._pieces)):
+            begin, behind = at * _PIECE, min((at + 1) * _PIECE, self.nbytes)
+            if behind > end:
+                break
+            piece = (
+                data
+                if (begin, behind) == (offset, end)
+                else memoryview(data)[begin - offset : behind - offset]
+            )
+            if chunk_id(piece) != self._pieces[at]:
+                raise _changed(self._path)
+
+
+class _Budget:
+    """How many tensors the files of a commit may have. A tree has a limit, at which no file may make a commit
+    fail."""
+
+    def __init__(self) -> None:
+        self._left = codes.MAX_VALUES // 4
+
+    def take(self, layout: Layout | None) -> list[Tensor]:
+        """The tensors of a file that are stored as such: none if there are too many."""
+        parts = [] if layout is None else [_manageable(p) for p in layout.parts if p.spec.nbytes > _SMALL]
+        if len(parts) > self._left:
+            return []
+        self._left -= len(parts)
+        return parts
+
+
+def _manageable(part: Tensor) -> Tensor:
+    """The tensor, or if it would have to be turned around in memory and is too large for that, what it looks
+    like to someone who reads it in the order of the file."""
+    order = part.order
+    if order is None or part.spec.nbytes <= _TURNED:
+        return part
+    shape = tuple(part.spec.shape[axis] for axis in order)
+    return replace(part, spec=replace(part.spec, shape=shape), strides=None)
 
 
 def _changed(path: Path) -> InvalidError:
@@ -116,6 +204,7 @@ def collected(disk: Disk, paths: Mapping[str, StrPath]) -> StoredFolder:
     """
     root: dict[str, object] = {}
     odd: list[tuple[str, str]] = []
+    budget = _Budget()
     for name, source in paths.items():
         steps = _steps(name)
         path = _source(source)
@@ -129,9 +218,9 @@ def collected(disk: Disk, paths: Mapping[str, StrPath]) -> StoredFolder:
             raise NotFoundError(f"there is no file {path}") from None
         with contextlib.closing(folder):
             content = (
-                _collect(disk, folder, path.name, name, odd)
+                _collect(disk, folder, path.name, name, odd, budget)
                 if path.name
-                else _collect_folder(disk, folder, name, odd)
+                else _collect_folder(disk, folder, name, odd, budget)
             )
         if content is None:
             continue
@@ -222,7 +311,7 @@ def _objection(step: str) -> str | None:
 
 
 def _collect(
-    disk: Disk, folder: Folder, name: str, shown: str, odd: list[tuple[str, str]]
+    disk: Disk, folder: Folder, name: str, shown: str, odd: list[tuple[str, str]], budget: _Budget
 ) -> FileContent | LinkContent | dict[str, object] | None:
     kind = folder.kind(name)
     if kind is None:
@@ -234,37 +323,61 @@ def _collect(
     if kind == "link":
         return LinkContent(folder.read_link(name))
     if kind == "file":
-        return _hashed(folder, name)
+        return _hashed(folder, name, budget)
     if kind == "folder":
         with contextlib.closing(folder.enter(name)) as inner:
-            return _collect_folder(disk, inner, shown, odd)
+            return _collect_folder(disk, inner, shown, odd, budget)
     odd.append((shown, "a socket, pipe or device is no file"))
     return None
 
 
-def _collect_folder(disk: Disk, folder: Folder, shown: str, odd: list[tuple[str, str]]) -> dict[str, object]:
+def _collect_folder(
+    disk: Disk, folder: Folder, shown: str, odd: list[tuple[str, str]], budget: _Budget
+) -> dict[str, object]:
     found: dict[str, object] = {}
     for name in folder.names():
-        content = _collect(disk, folder, name, f"{shown}/{name}", odd)
+        content = _collect(disk, folder, name, f"{shown}/{name}", odd, budget)
         if content is not None:
             found[name] = content
     return found
 
 
-def _hashed(folder: Folder, name: str) -> FileContent:
+def _hashed(folder: Folder, name: str, budget: _Budget) -> FileContent:
     size, mode = _stat(folder, name)
-    path = folder.path / name
-    whole, pieces, done = Hasher(), [], 0
+    path = (folder.path / name).absolute()
     with folder.open_file(name) as file:
-        while done < size:
-            piece = file.read(done, min(_PIECE, size - done))
-            if not piece:
-                raise _changed(path)
-            whole.update(piece)
-            pieces.append(chunk_id(piece))
-            done += len(piece)
-    sources = [_FileSource(path.absolute(), size, pieces)] if size else []
-    return FileContent(size, mode, bytes(whole.id()), 0, sources)
+        layout = recognise(File(size, file.read)) if size > _SMALL else None
+        parts = budget.take(layout)
+        whole, rest = Hasher(), _Ranges(path)
+        tensors: list[TensorContent] = []
+        end = 0
+        for part in parts:
+            before = _hash(file, end, part.offset, whole, rest)
+            end = part.offset + part.spec.nbytes
+            ranges = _Ranges(path)
+            _hash(file, part.offset, end, whole, ranges)
+            ranges.close()
+            source = TensorSource(File(ranges.nbytes, ranges.read), replace(part, offset=0))
+            tensors.append(TensorContent(part.name, before, part.spec, part.order, source))
+        _hash(file, end, size, whole, rest)
+        rest.close()
+    format = layout.format if layout is not None and tensors else ""
+    return FileContent(
+        size, mode, bytes(whole.id()), 0, [rest] if rest.nbytes else [], format, tuple(tensors)
+    )
+
+
+def _hash(file: ReadFile, start: int, end: int, whole: Hasher, into: _Ranges) -> int:
+    """Hash bytes [start, end) of a file, which are there; their number."""
+    at = start
+    while at < end:
+        piece = file.read(at, min(_PIECE, end - at))
+        if not piece:
+            raise _changed(file.path)
+        whole.update(piece)
+        into.add(at, piece)
+        at += len(piece)
+    return end - start
 
 
 def _stat(folder: Folder, name: str) -> tuple[int, int]:
@@ -312,29 +425,105 @@ def contents(
     return found
 
 
-def _pieces(reader: ObjectReader, path: str, stored: StoredFile) -> Iterator[bytes]:
+def _pieces(reader: ObjectReader, path: str, stored: StoredFile) -> Iterator[Buffer]:
     """A file's bytes, some chunks at a time, the whole checked against its hash at the end."""
     whole = Hasher()
-    content = stored.content
-    if content.inline is not None:
-        whole.update(content.inline)
-        yield content.inline
-    else:
-        ids = content.chunks
-        if ids is None and content.chunk_list is not None:
-            listed = content.chunk_list
-            ids = parse_chunk_list(listed, reader.objects(Kind.CHUNK_LIST, [listed])[0])
-        ids = ids or ()
-        left = stored.size
-        for start in range(0, len(ids), _CHUNKS_AT_ONCE):
-            part = ids[start : start + _CHUNKS_AT_ONCE]
-            buffer = bytearray(min(left, len(part) * reader.grid.chunk))
-            reader.read_into([(part, memoryview(buffer))])
-            whole.update(buffer)
-            left -= len(buffer)
-            yield bytes(buffer)
+    for piece in _file_order(reader, path, stored):
+        whole.update(piece)
+        yield piece
     if whole.id() != stored.digest:
         raise CorruptionError(f"the file {path} does not have the content its entry states")
+
+
+def _file_order(reader: ObjectReader, path: str, stored: StoredFile) -> Iterator[Buffer]:
+    rest = _Stream(_in_chunks(reader, stored.content))
+    for group in _groups(stored.tensors, _CHUNKS_AT_ONCE * reader.grid.chunk):
+        first = group[0].tensor
+        if len(group) == 1 and first.order is None:
+            yield from rest.take(group[0].before)
+            for piece in _in_chunks(reader, first.content):
+                yield from _as_in_file(first, piece)
+            continue
+        # Small tensors are read many at once, and one in another order than C's whole.
+        with memory_for(path, sum(each.tensor.spec.nbytes for each in group)):
+            buffers = [bytearray(each.tensor.spec.nbytes) for each in group]
+        filler = Filler(reader)
+        for each, buffer in zip(group, buffers, strict=True):
+            filler.add_flat(each.tensor.content, memoryview(buffer))
+        filler.run()
+        for each, buffer in zip(group, buffers, strict=True):
+            yield from rest.take(each.before)
+            yield from _as_in_file(each.tensor, buffer)
+    yield from rest.take(None)
+
+
+def _groups(tensors: Sequence[TensorInFile], most: int) -> Iterator[list[TensorInFile]]:
+    """Tensors that follow each other and together have no more than so many bytes; larger ones alone."""
+    group: list[TensorInFile] = []
+    size = 0
+    for each in tensors:
+        nbytes = each.tensor.spec.nbytes
+        if group and size + nbytes > most:
+            yield group
+            group, size = [], 0
+        group.append(each)
+        size += nbytes
+    if group:
+        yield group
+
+
+def _as_in_file(tensor: StoredTensor, data: bytearray) -> Iterator[Buffer]:
+    """C-ordered little-endian bytes as they lie in the file: of a tensor in C order some, else all."""
+    spec = tensor.spec
+    if tensor.order is None:
+        if spec.swap:
+            swap(memoryview(data), spec.swap)
+        yield data
+        return
+    raw: Raw = np.ndarray(spec.shape, raw_dtype(spec.item), data).transpose(tensor.order)
+    source = ArraySource(raw, spec.item, spec.swap)
+    for start in range(0, spec.nbytes, _PIECE):
+        yield source.read(start, min(_PIECE, spec.nbytes - start))
+
+
+def _in_chunks(reader: ObjectReader, content: Content) -> Iterator[bytearray]:
+    """Content, some chunks at a time. Each piece is the caller's."""
+    if content.inline is not None:
+        yield bytearray(content.inline)
+        return
+    # Chunks are as long as the grid says, except where a splitter made them: then their number decides.
+    resolve(reader, [content])
+    ids = content.chunks or ()
+    left = content.nbytes
+    for start in range(0, len(ids), _CHUNKS_AT_ONCE):
+        part = ids[start : start + _CHUNKS_AT_ONCE]
+        buffer = bytearray(min(left, len(part) * reader.grid.chunk))
+        reader.read_into([(part, memoryview(buffer))])
+        left -= len(buffer)
+        yield buffer
+
+
+class _Stream:
+    """Pieces one after the other, taken in other lengths than they come."""
+
+    def __init__(self, pieces: Iterator[bytearray]) -> None:
+        self._pieces = pieces
+        self._left = memoryview(b"")
+
+    def take(self, length: int | None) -> Iterator[Buffer]:
+        """The next so many bytes; None for all that are left."""
+        while length is None or length:
+            if not self._left:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    if length is None:
+                        return
+                    raise CorruptionError("a file's content is shorter than its entry states")
+                self._left = memoryview(piece)
+            part = self._left[:length]
+            self._left = self._left[len(part) :]
+            length = None if length is None else length - len(part)
+            yield part
 
 
 def write_out(

@@ -1,9 +1,12 @@
-"""What this layer asks of a store. Anything with these methods will do (`ckptvcs.testing.memory`)."""
+"""What this layer asks of a store, and of objects in a state.
+
+Anything with these methods will do (`ckptvcs.testing.memory`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from ckptvcs.ids import Buffer, Kind, ObjectId
 from ckptvcs.store.format import Grid
@@ -66,3 +69,26 @@ class ObjectReader(Protocol):
 
     def read_into(self, requests: Sequence[tuple[Sequence[ObjectId], memoryview]]) -> None:
         """Fill each buffer with its chunks, one after another, each checked against its id."""
+
+
+# -- objects in a state ---------------------------------------------------------------------------
+
+
+class Last(Protocol):
+    """An object with `state_dict()` and `load_state_dict(state)` that belongs behind all others, wherever
+    it stands in the state: it is saved after them and loaded after them.
+
+    Random generators are the reason: loaders draw numbers while they move to their position.
+    """
+
+    ckpt_last: bool
+    """True."""
+
+    def ckpt_differences(self, state: Any) -> Sequence[str]:
+        """What of a stored state this object cannot take, each as a path with the reason in brackets.
+        Asked before a strict restore changes anything; may be left out."""
+
+
+def is_last(value: object) -> bool:
+    """Whether an object says that it is `Last`."""
+    return getattr(value, "ckpt_last", False) is True

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 
 from ckptvcs.errors import InvalidError
 from ckptvcs.state import paths, torch_objects, torch_tensors
+from ckptvcs.state.interface import is_last
 from ckptvcs.state.read import Branch, Compound, Stored, StoredLeaf, StoredTensor
 from ckptvcs.state.tensors import Spec
 from ckptvcs.state.verify import differences
@@ -47,12 +48,14 @@ class Load:
 
     Attributes:
         path: where it is.
+        last: whether it is loaded behind all others (`interface.Last`).
         handed: what its `load_state_dict` gets; tensors that are filled where they are stand for themselves.
             None if nothing is loaded.
     """
 
     def __init__(self, path: str, stored: Stored, target: Any, partial: bool) -> None:
         self.path = path
+        self.last = is_last(target)
         self.handed: Stored | None = stored
         self._stored = stored
         self._target = target
@@ -60,14 +63,24 @@ class Load:
 
     def run(self, value: Any, strict: bool) -> None:
         """Load the value of `handed`. With `partial` it is laid over what the object has."""
-        if self._partial:
-            value = _merged(self._target.state_dict(), value)
-        self._target.load_state_dict(value)
+        if self.last and not strict:
+            self._target.load_state_dict(self._whole(value), strict=False)
+        else:
+            self._target.load_state_dict(self._whole(value))
+
+    def refused(self, value: Any) -> Sequence[str]:
+        """What of the value of `handed` an object that is loaded last says it cannot take."""
+        ask = getattr(self._target, "ckpt_differences", None)
+        return () if ask is None else ask(self._whole(value))
+
+    def _whole(self, value: Any) -> Any:
+        return _merged(self._target.state_dict(), value) if self._partial else value
 
     def altered(self, chunk: int) -> dict[str, str]:
         """Path -> what the object has made of it, where that is not what was stored.
 
-        Not asked are objects without state_dict(), and data loaders, which would start their workers.
+        Not asked are objects without state_dict(), those that are loaded last, which say themselves what they
+        cannot take, and data loaders, which would start their workers.
         """
         if not callable(getattr(self._target, "state_dict", None)):
             return {}
@@ -316,8 +329,7 @@ class _OptimizerLoad(Load):
         return None if parameter is None else self._target.state.get(parameter)
 
     def run(self, value: Any, strict: bool) -> None:
-        if self._partial:
-            value = _merged(self._target.state_dict(), value)
+        value = self._whole(value)
         if self._plain:  # what it is given was compared with its ids when it was read, and becomes its state
             self._known = set(_pointers(value["state"]))
         self._target.load_state_dict(value)

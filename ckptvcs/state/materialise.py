@@ -15,7 +15,7 @@ import numpy as np
 
 from ckptvcs.errors import CorruptionError, InvalidError, StorageError
 from ckptvcs.ids import Kind, ObjectId
-from ckptvcs.state import paths, torch_devices, torch_tensors
+from ckptvcs.state import generators, paths, torch_devices, torch_tensors
 from ckptvcs.state.interface import ObjectReader
 from ckptvcs.state.read import (
     Branch,
@@ -24,6 +24,7 @@ from ckptvcs.state.read import (
     Stored,
     StoredBlob,
     StoredLeaf,
+    StoredRandom,
     StoredTensor,
     StoredTorch,
     torch_value,
@@ -352,6 +353,8 @@ class Materialiser:
             return result
         if isinstance(node, StoredTorch):
             return torch_value(node, self._framework)
+        if isinstance(node, StoredRandom):
+            return generators.restore(node.code, node.plain)
         if isinstance(node, Branch):
             found = [self._make(child) for child in node.children]
             if isinstance(node, Compound) and node.kind == "generator" and self._framework == "numpy":

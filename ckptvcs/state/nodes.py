@@ -101,6 +101,22 @@ class Leaf(Node):
         return self.encoded
 
 
+class Deferred(Node):
+    """Stands where `node` belongs, which is made after everything else."""
+
+    __slots__ = ("node",)
+
+    def __init__(self) -> None:
+        self.node: Node = Leaf(b"")
+
+    def weigh(self, grid: Grid) -> int:
+        self.weight = self.node.weigh(grid)
+        return self.weight
+
+    def emit(self, context: Context) -> bytes:
+        return self.node.emit(context)
+
+
 class Content:
     """Bytes kept inline or as chunks. `ids` is set once the sources are stored."""
 
@@ -167,6 +183,41 @@ class TensorNode(Data):
         self.fields = [
             encode(field) for field in (spec.framework, spec.dtype, list(spec.shape), spec.flags, layout)
         ]
+
+
+class Row(Node):
+    """Other nodes, one after the other."""
+
+    __slots__ = ("children",)
+
+    def __init__(self, children: Sequence[Node]) -> None:
+        self.children = children
+
+    def weigh(self, grid: Grid) -> int:
+        self.weight = _HEADER + sum(child.weigh(grid) for child in self.children)
+        return self.weight
+
+    def emit(self, context: Context) -> bytes:
+        return encoded_array([child.emit(context) for child in self.children])
+
+
+class TensorFile(Data):
+    """A file in which tensors lie; `content` is the rest of it."""
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, fields: list[bytes], content: Content, tensors: MapNode) -> None:
+        super().__init__(codes.TENSOR_FILE, fields, content)
+        self.tensors = tensors
+
+    def weigh(self, grid: Grid) -> int:
+        self.weight = super().weigh(grid) + self.tensors.weigh(grid)
+        return self.weight
+
+    def emit(self, context: Context) -> bytes:
+        # In the order of the fields, in which positions are given out.
+        parts = [*self.fields, self.content.emit(context), self.tensors.emit(context)]
+        return encoded_tag(self.code, encoded_array(parts))
 
 
 class Tag(Node):

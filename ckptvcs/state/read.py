@@ -68,6 +68,15 @@ class StoredTorch(Stored):
 
 
 @dataclass(slots=True)
+class StoredRandom(Stored):
+    """A random generator of Python or numpy: made anew each time it is wanted."""
+
+    code: int
+    plain: Any
+    nbytes: int
+
+
+@dataclass(slots=True)
 class Content:
     """Where bytes are: inline, in chunks, or in the chunks of a chunk list. `cells` counts chunks."""
 
@@ -98,14 +107,26 @@ class StoredBlob(Stored):
 
 
 @dataclass(slots=True)
+class TensorInFile:
+    """A tensor in a file: its path there, and how much of the file's rest comes directly before it."""
+
+    name: str
+    before: int
+    tensor: StoredTensor
+
+
+@dataclass(slots=True)
 class StoredFile(Stored):
-    """A file. `content.chunks` follow each other; a splitter other than 0 made them of any length."""
+    """A file. `content.chunks` follow each other; a splitter other than 0 made them of any length. Of a file
+    that holds tensors, `content` is what lies around them."""
 
     size: int
     mode: int
     digest: bytes
     splitter: int
     content: Content
+    format: str = ""
+    tensors: list[TensorInFile] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -546,6 +567,10 @@ class Loader:
         words = {codes.TORCH_SIZE: "size", codes.TORCH_DTYPE: "dtype", codes.TORCH_DEVICE: "device"}
         return StoredTorch(words[value.code], value.code, plain)
 
+    def _random(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        plain = self._fields(value, opened, 3 if value.code == codes.RANDOM else 5)
+        return StoredRandom("generator", value.code, plain, len(value.payload))
+
     # -- tensors ----------------------------------------------------------------------------------
 
     def _shape(self, value: Any, opened: _Object) -> tuple[int, ...]:
@@ -690,17 +715,50 @@ class Loader:
 
     def _file(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
         size, mode, digest, splitter, data = self._fields(value, opened, 5)
+        self._check_file(size, mode, digest, opened)
+        if type(splitter) is not int or splitter < 0:
+            raise CorruptionError(f"{opened.where}: an impossible file")
+        content = self._content(data, size, opened, gridded=splitter == 0)
+        return StoredFile("file", size, mode, digest, splitter, content)
+
+    def _check_file(self, size: Any, mode: Any, digest: Any, opened: _Object) -> None:
         if (
-            not _integers([size, mode, splitter])
+            not _integers([size, mode])
             or not 0 <= size < MAX_BYTES
             or not 0 <= mode < 1 << 16
-            or splitter < 0
             or type(digest) is not bytes
             or len(digest) != 32
         ):
             raise CorruptionError(f"{opened.where}: an impossible file")
-        content = self._content(data, size, opened, gridded=splitter == 0)
-        return StoredFile("file", size, mode, digest, splitter, content)
+
+    def _tensor_file(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
+        size, mode, digest, format, data, inner = self._fields(value, opened, 6)
+        self._check_file(size, mode, digest, opened)
+        if type(format) is not str:
+            raise CorruptionError(f"{opened.where}: a file of no format")
+        found: dict[str, TensorInFile] = {}
+        rest, around = size, 0
+        for page, home in self._pages(inner, opened, dict, codes.MAP_PAGES, True):
+            for name, entry in page.items():
+                self._count += 1
+                if self._count > codes.MAX_VALUES:
+                    raise _too_many(home.where)
+                if type(name) is not str or name in found or type(entry) is not list or len(entry) != 2:
+                    raise CorruptionError(f"{home.where}: an impossible tensor in a file")
+                before, tensor = entry
+                if type(before) is not int or type(tensor) is not Tagged or tensor.code != codes.TENSOR:
+                    raise CorruptionError(f"{home.where}: an impossible tensor in a file")
+                stored = self._tensor(tensor, home, paths.EVERYTHING, depth)
+                assert isinstance(stored, StoredTensor)
+                rest -= stored.spec.nbytes
+                around += before
+                if before < 0 or stored.alias is not None or not stored.spec.nbytes:
+                    raise CorruptionError(f"{home.where}: an impossible tensor in a file")
+                found[name] = TensorInFile(name, before, stored)
+        if not 0 <= around <= rest:
+            raise CorruptionError(f"{opened.where}: a file smaller than what lies in it")
+        content = self._content(data, rest, opened)
+        return StoredFile("file", size, mode, digest, 0, content, format, list(found.values()))
 
     def _link(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
         target = self._payload(value, opened)
@@ -760,6 +818,7 @@ _CONTAINERS: Final = frozenset(
         codes.SIMPLE_NAMESPACE,
         codes.DATACLASS,
         codes.TORCH_SUBCLASS,
+        codes.TENSOR_FILE,
     )
 )
 
@@ -790,6 +849,8 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     codes.SLICE: Loader._slice,
     codes.NUMPY_SCALAR: Loader._scalar,
     codes.NUMPY_DTYPE: Loader._dtype,
+    codes.RANDOM: Loader._random,
+    codes.NUMPY_GENERATOR: Loader._random,
     codes.TENSOR: Loader._tensor,
     codes.SPARSE: Loader._sparse,
     codes.QUANTIZED: Loader._quantized,
@@ -802,6 +863,7 @@ _DECODERS: Final[dict[int, _Decoder]] = {
     codes.SUBTREE: Loader._subtree,
     codes.FILE: Loader._file,
     codes.LINK: Loader._link,
+    codes.TENSOR_FILE: Loader._tensor_file,
 }
 
 

@@ -1,8 +1,9 @@
 """Fill a live state from a tree, in place.
 
 First everything is compared; nothing is touched if strict restore finds a difference. Then one read
-fills arrays and tensors where they are, plain values are replaced in their containers, and last come
-the `load_state_dict` calls, in tree order.
+fills arrays and tensors where they are, plain values are replaced in their containers, and then come
+the `load_state_dict` calls, in tree order. Random generators are set behind them, and what calls itself
+`interface.Last` is loaded at the very end: a loader that moves to its position draws numbers.
 
 What fits what:
 
@@ -12,7 +13,8 @@ What fits what:
 - None and empty dicts, lists and deques take whatever is stored; so do lists and tuples that hold plain
   values only (a loss history may grow);
 - plain values (numbers, text, paths...) replace each other, whatever their type;
-- an enum member gets the stored member of its own class.
+- an enum member gets the stored member of its own class;
+- a random generator takes the state of one of its own kind.
 """
 
 from __future__ import annotations
@@ -28,11 +30,29 @@ import numpy as np
 
 from ckptvcs.errors import CorruptionError, InvalidError, StateMismatchError
 from ckptvcs.ids import ObjectId
-from ckptvcs.state import configs, paths, torch_devices, torch_objects, torch_tensors, tree, values
+from ckptvcs.state import (
+    configs,
+    generators,
+    paths,
+    torch_devices,
+    torch_objects,
+    torch_tensors,
+    tree,
+    values,
+)
 from ckptvcs.state.interface import ObjectReader
 from ckptvcs.state.loading import Load, load_of
 from ckptvcs.state.materialise import Materialiser
-from ckptvcs.state.read import Branch, Compound, Stored, StoredBlob, StoredLeaf, StoredTensor, StoredTorch
+from ckptvcs.state.read import (
+    Branch,
+    Compound,
+    Stored,
+    StoredBlob,
+    StoredLeaf,
+    StoredRandom,
+    StoredTensor,
+    StoredTorch,
+)
 from ckptvcs.state.renaming import Renames, near_misses
 from ckptvcs.state.tensors import SHARED_NAMES, Raw, Spec, capture
 from ckptvcs.state.verify import differences
@@ -85,6 +105,8 @@ def fill(
     renames = Renames(stored, rename or {}, lenient=only is not None)
     plan = _Plan(only, renames.source)
     plan.match(renames.stored, into, "", None)
+    if strict:
+        plan.ask_last(reader)
     if strict and (plan.missing or plan.unexpected or plan.mismatched):
         unexpected = list(plan.unexpected)
         near = near_misses(plan.missing, unexpected)
@@ -111,6 +133,7 @@ class _Plan:
         self._values: list[tuple[str, Stored, _Set]] = []
         self._rebuilds: list[Callable[[], None]] = []
         self._loads: list[Load] = []
+        self._generators: list[tuple[str, Stored, _Set]] = []
         self._memory: dict[Any, StoredTensor] = {}
 
     def match(self, stored: Stored, target: Any, path: str, put: _Set | None) -> None:
@@ -123,6 +146,8 @@ class _Plan:
             self.match(stored, live, path, None)
         elif isinstance(stored, StoredTensor):
             self._tensor(stored, target, path, put)
+        elif generators.is_generator(target):
+            self._random(stored, target, path)
         elif target is None or _is_plain(target):
             # A plain value, or a place kept free for anything.
             if target is None or _holds_plain(stored):
@@ -246,7 +271,8 @@ class _Plan:
         if stored.kind == "generator":
             if torch_tensors.generator_state(target) is not None:
                 state = stored.children[0]
-                self._values.append((path, state, lambda value: torch_tensors.set_generator(target, value)))
+                set_state = functools.partial(torch_tensors.set_generator, target)
+                self._generators.append((path, state, set_state))
                 return
         elif stored.kind == "subclass":
             if put is not None and isinstance(target, values.TensorSubclassValue):
@@ -262,6 +288,16 @@ class _Plan:
             self._values.append((path, stored, put))
             return
         self.differs(path, stored, f"{stored.kind} stored, {type(target).__name__} to be filled")
+
+    def _random(self, stored: Stored, target: Any, path: str) -> None:
+        mine = generators.describe(target)
+        theirs = stored.kind
+        if isinstance(stored, StoredRandom):
+            theirs = generators.kind(stored.code, stored.plain)
+        if isinstance(stored, StoredRandom) and mine == theirs:
+            self._generators.append((path, stored, functools.partial(generators.assign, target)))
+        else:
+            self.differs(path, stored, f"{theirs} stored, {mine} to be filled")
 
     # -- containers -------------------------------------------------------------------------------
 
@@ -355,6 +391,15 @@ class _Plan:
         )
         self._loads.append(load_of(self, path, stored, target, partial))
 
+    def ask_last(self, reader: ObjectReader) -> None:
+        """Ask those who are loaded last what they cannot take. What is stored for them is small."""
+        for load in self._loads:
+            if load.last and load.handed is not None:
+                (value,) = Materialiser(reader).values([(load.path, load.handed)])
+                for difference in load.refused(value):
+                    below = paths.join(load.path, difference)
+                    self.mismatched[below] = below
+
     # -- doing it ---------------------------------------------------------------------------------
 
     def carry_out(self, reader: ObjectReader, strict: bool) -> Filled:
@@ -368,6 +413,7 @@ class _Plan:
         wanted = [(path, stored) for path, stored, _ in self._values]
         loads = [(load, load.handed) for load in self._loads if load.handed is not None]
         wanted += [(load.path, handed) for load, handed in loads]
+        wanted += [(path, stored) for path, stored, _ in self._generators]
         wanted += spare.items()
         try:
             found = collections.deque(materialiser.values(wanted))  # each is let go of when it is in place
@@ -379,10 +425,17 @@ class _Plan:
             put(found.popleft())
         for rebuild in reversed(self._rebuilds):  # inner tuples were noted after the outer ones
             rebuild()
+        given = [(load, found.popleft()) for load, _ in loads]
         altered: dict[str, str] = {}
-        for load, _ in loads:
-            load.run(found.popleft(), strict)
-            altered |= load.altered(reader.grid.chunk)
+        for load, value in given:
+            if not load.last:
+                load.run(value, strict)
+                altered |= load.altered(reader.grid.chunk)
+        for _, _, set_state in self._generators:
+            set_state(found.popleft())
+        for load, value in given:
+            if load.last:
+                load.run(value, strict)
         leftover = {path: found.popleft() for path in spare}
         return Filled(leftover, tuple(self.missing), tuple(self.unexpected), altered)
 
@@ -436,12 +489,16 @@ def _is_plain(value: Any) -> bool:
         return torch_tensors.leaf(value) is not None
     if torch_tensors.is_tensor(value) or torch_tensors.generator_state(value) is not None:
         return False
+    if generators.is_generator(value):
+        return False
     return not _has_attributes(value) and not callable(getattr(value, "load_state_dict", None))
 
 
 def _holds_plain(stored: Stored) -> bool:
     """Whether a stored node is a plain value."""
-    return isinstance(stored, (StoredLeaf, StoredBlob, StoredTorch)) or stored.kind == "bytearray"
+    return (
+        isinstance(stored, (StoredLeaf, StoredBlob, StoredTorch, StoredRandom)) or stored.kind == "bytearray"
+    )
 
 
 def _has_attributes(value: Any) -> bool:

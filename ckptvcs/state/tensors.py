@@ -276,16 +276,24 @@ def dense_order(raw: Raw) -> list[int] | None:
     Dimensions of length 1 have strides that mean nothing; they come first, so that equal memory has an
     equal order.
     """
-    if raw.flags.c_contiguous or not raw.size:
+    if raw.flags.c_contiguous:
         return None
-    shape, strides = raw.shape, raw.strides
-    real = sorted((axis for axis in range(raw.ndim) if shape[axis] > 1), key=lambda axis: -strides[axis])
-    step = raw.itemsize
+    return dense_order_of(raw.shape, raw.strides, raw.itemsize)
+
+
+def dense_order_of(shape: Sequence[int], strides: Sequence[int], item: int) -> list[int] | None:
+    """`dense_order` of memory of which only shape and byte strides are known; None for C order, too."""
+    if 0 in shape:
+        return None
+    real = sorted((axis for axis in range(len(shape)) if shape[axis] > 1), key=lambda axis: -strides[axis])
+    step = item
     for axis in reversed(real):
         if strides[axis] != step:
             return None
         step *= shape[axis]
-    return [axis for axis in range(raw.ndim) if shape[axis] == 1] + real
+    if real == sorted(real):
+        return None
+    return [axis for axis in range(len(shape)) if shape[axis] == 1] + real
 
 
 def meaningful_strides(raw: Raw) -> tuple[int, ...] | None:

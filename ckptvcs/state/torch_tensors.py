@@ -60,6 +60,12 @@ def is_module(value: object) -> bool:
     return torch is not None and isinstance(value, torch.nn.Module)
 
 
+def is_generator(value: object) -> bool:
+    """Whether `value` is a torch.Generator."""
+    torch = loaded()
+    return torch is not None and isinstance(value, torch.Generator)
+
+
 _NESTED: Final = "nested tensor; store the list that .unbind() gives, or its .values() and .offsets()"
 
 

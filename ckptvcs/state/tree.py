@@ -15,9 +15,9 @@ from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 from ckptvcs.canonical import encode, encoded_map, encoded_tag
 from ckptvcs.errors import NotFoundError, UnsupportedStateError
 from ckptvcs.ids import Kind, ObjectId
-from ckptvcs.state import codes, paths
-from ckptvcs.state.bases import Bases, Held
-from ckptvcs.state.build import FILES, MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent, Place
+from ckptvcs.state import codes, generators, paths
+from ckptvcs.state.bases import FILES, INSIDE, Bases, Held, alike
+from ckptvcs.state.build import MAX_COMPONENTS, Builder, FileContent, Folder, LinkContent, Place
 from ckptvcs.state.interface import ObjectReader, ObjectWriter, Source
 from ckptvcs.state.materialise import Devices, Materialiser, resolve
 from ckptvcs.state.nodes import Content, Context, Node, Trees
@@ -31,9 +31,11 @@ from ckptvcs.state.read import (
     StoredFile,
     StoredLeaf,
     StoredLink,
+    StoredRandom,
     StoredTensor,
     StoredTorch,
 )
+from ckptvcs.store.format import GRIDS
 from ckptvcs.store.hints import Hint
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "StoredFile",
     "StoredLink",
     "Written",
+    "check",
     "entries",
     "files",
     "load",
@@ -137,6 +140,12 @@ def write(
     return Written(root, sizes, held)
 
 
+@refuse_deep
+def check(state: Any) -> None:
+    """UnsupportedStateError, listing all leaves, if `write` would refuse the state. Stores nothing."""
+    Builder(GRIDS[1]).state(state)  # any grid does: what can be stored does not depend on it
+
+
 def _store(
     writer: ObjectWriter, contents: Sequence[tuple[Place, Content]], bases: Bases | None
 ) -> dict[str, Held]:
@@ -159,7 +168,7 @@ def _hint(place: Place, bases: Bases | None, cell: int) -> Hint:
         chunks = () if bases is None else bases.find(*place)
         return chunks[offset // cell] if offset // cell < len(chunks) else None
 
-    return Hint(place, place.dtype, base)
+    return Hint(place._replace(path=alike(place.path)), place.dtype, base)
 
 
 @refuse_deep
@@ -185,6 +194,8 @@ def _list_contents(path: str, node: Stored, found: list[tuple[Place, Stored]]) -
         found.append((Place(path, node.spec.dtype, node.spec.shape), node))
     elif isinstance(node, (StoredBlob, StoredFile)):
         found.append((Place(path, "", ()), node))
+        for each in node.tensors if isinstance(node, StoredFile) else ():
+            _list_contents(path + INSIDE + each.name, each.tensor, found)
     elif isinstance(node, Branch):
         for key, child in zip(node.keys, node.children, strict=True):
             _list_contents(paths.join(path, paths.name(key)), child, found)
@@ -373,6 +384,8 @@ def _entries(path: str, node: Stored) -> Iterator[Entry]:
         yield Entry(path, node.kind, None, None, node.nbytes, 0, _preview(node.value))
     elif isinstance(node, StoredTorch):
         yield Entry(path, node.kind, None, None, 0, 0, str(node.plain))
+    elif isinstance(node, StoredRandom):
+        yield Entry(path, node.kind, None, None, node.nbytes, 0, generators.kind(node.code, node.plain))
     elif isinstance(node, StoredTensor):
         spec, cells = node.spec, node.content.cells or 0
         yield Entry(path, "tensor", spec.dtype, spec.shape, spec.nbytes, cells, "")

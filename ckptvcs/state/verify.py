@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ckptvcs.canonical import Tagged, encode
 from ckptvcs.ids import chunk_id
-from ckptvcs.state import paths, torch_devices, torch_tensors, values
+from ckptvcs.state import generators, paths, torch_devices, torch_tensors, values
 from ckptvcs.state.build import flat_encoding
 from ckptvcs.state.interface import Source
 from ckptvcs.state.read import (
@@ -22,6 +23,7 @@ from ckptvcs.state.read import (
     Stored,
     StoredBlob,
     StoredLeaf,
+    StoredRandom,
     StoredTensor,
     StoredTorch,
     torch_value,
@@ -53,6 +55,8 @@ def _compare(
     elif isinstance(stored, StoredTorch):
         made = torch_value(stored, None)
         why = None if type(made) is type(live) and made == live else f"{made!r} stored, now {live!r:.60}"
+    elif isinstance(stored, StoredRandom):
+        why = None if _same_generator(stored, live) else f"another state of {stored.kind}"
     elif isinstance(stored, StoredBlob):
         why = None if _same_blob(stored, live, chunk) else f"other {stored.kind}"
     elif isinstance(stored, Compound):
@@ -162,6 +166,12 @@ def _same_blob(stored: StoredBlob, live: Any, chunk: int) -> bool:
         return False
     data = live.encode("utf-8", "surrogatepass") if isinstance(live, str) else live
     return holds(stored.content, BytesSource(data), chunk)
+
+
+def _same_generator(stored: StoredRandom, live: Any) -> bool:
+    if not generators.is_generator(live):
+        return False
+    return generators.leaf(live) == encode(Tagged(stored.code, encode(stored.plain)))
 
 
 def _same_leaf(stored: Any, live: Any) -> bool:

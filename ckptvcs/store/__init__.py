@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ckptvcs.store.claims import Claim
 from ckptvcs.store.format import Grid
 from ckptvcs.store.index import Change, Row, Snapshot
 from ckptvcs.store.journal import (
@@ -21,6 +22,7 @@ from ckptvcs.store.writer import Publication, Source, Tally, Writer
 
 __all__ = [
     "Change",
+    "Claim",
     "Drop",
     "Expire",
     "Grid",

@@ -463,3 +463,8 @@ class Layout:
     def lease(self, lease: bytes) -> Path:
         """A writer's lease file."""
         return self.leases / str(uuid.UUID(bytes=lease))
+
+    def claim(self, ref: str) -> Path:
+        """The lease file of a ref's claimant. A hash, since names of refs may be longer than those of
+        files."""
+        return self.leases / f"claim-{digest(ref.encode()).hex()}"

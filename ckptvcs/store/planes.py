@@ -173,12 +173,14 @@ def _encode_plane(plane: Words) -> tuple[int, Sequence[Buffer]]:
         there = np.count_nonzero(plane)
         if count > 4 * _SAMPLE and there * _SPARSE_ABOVE > count and _is_noise(plane):
             return RAW, [raw]
+        likely = _sparse_share(plane) if there * _SPARSE_ABOVE < count else _UNLIKELY
+        sparse = _encode_sparse(plane) if likely < _UNLIKELY else []
+        left = sum(map(len, sparse)) if sparse else count
+        if likely < _LIKELY and left < _WORTHWHILE * count:
+            return SPARSE, sparse
         coded = entropy.huffman(raw)
-        # Zeros in runs are found by the coder itself; then bitmap and values would be larger.
-        if there * _SPARSE_ABOVE < count and len(coded) > there:
-            sparse = _encode_sparse(plane)
-            if sum(map(len, sparse)) < len(coded):
-                return SPARSE, sparse
+        if left < min(len(coded), _WORTHWHILE * count):
+            return SPARSE, sparse
         if len(coded) < _WORTHWHILE * count:
             return CODED, [coded]
     return RAW, [raw]
@@ -204,6 +206,21 @@ def _low_half_is_noise(words: Words) -> bool:
         _is_noise((sample >> words.dtype.type(8 * place)).astype(np.uint8)) for place in range(size // 2)
     )
 
+
+def _sparse_share(plane: Words) -> float:
+    """What bitmap and values take, by what coding the bytes takes, told from pieces of the plane.
+
+    Zeros in runs are found by the coder itself, so the pieces are as they lie.
+    """
+    length = _SAMPLE // 4
+    if len(plane) > 32 * length:
+        step = len(plane) // 16
+        plane = np.concatenate([plane[at : at + length] for at in range(step // 2, len(plane), step)])
+    return sum(map(len, _encode_sparse(plane))) / len(entropy.huffman(plane.data))
+
+
+_LIKELY, _UNLIKELY = 0.85, 1.15
+"""Shares below and above which one of the two is not tried."""
 
 _SAMPLE: Final = 4 << 10
 _NOISE: Final = 7.93

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +27,8 @@ from ckptvcs.errors import (
     StorageError,
 )
 from ckptvcs.ids import Kind, ObjectId
+from ckptvcs.store import claims
+from ckptvcs.store.claims import Claim
 from ckptvcs.store.format import GRIDS, Format, Grid, Layout
 from ckptvcs.store.index import Change, Index, Snapshot
 from ckptvcs.store.journal import Drop, Expire, Journal, LogEntry, Move, Note, Operation, Pin
@@ -291,6 +293,13 @@ class Store:
     def lease(self) -> Lease:
         """This process's lease."""
         return self._lease
+
+    def claim(self, ref: str, holder: Mapping[str, Any], *, steal: bool = False) -> Claim:
+        """Claim a ref for `holder`, until released or until this process ends (`claims`).
+
+        LockedError (code "claimed") naming the living claimant, unless `steal`.
+        """
+        return claims.take(self.disk, self.layout, self.index, ref, holder, steal=steal)
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._pool_mutex:

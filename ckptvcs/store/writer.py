@@ -18,6 +18,7 @@ from ckptvcs.disk import Disk
 from ckptvcs.errors import InvalidError, NotFoundError, StorageError
 from ckptvcs.ids import Buffer, Kind, ObjectId, chunk_id, object_id
 from ckptvcs.store import codec
+from ckptvcs.store.claims import Claim
 from ckptvcs.store.format import (
     MAX_DEPTH,
     PACK_LIMIT,
@@ -113,6 +114,7 @@ class Publication:
         moves: refs to move; each must still stand at its `old`.
         rescue: the move that roots the commit elsewhere if any of `moves` lost its race.
         require: commits that must be present besides (parents, origin).
+        claim: what must still be held when the refs move.
     """
 
     root: ObjectId
@@ -123,6 +125,7 @@ class Publication:
     who: str
     why: str
     info: dict[str, Any] = field(default_factory=dict)
+    claim: Claim | None = None
 
 
 class Writer:
@@ -360,6 +363,8 @@ class Writer:
             absent: list[ObjectId] = []
             with self._index.change() as change:
                 self._lease.check()
+                if wanted.claim is not None:
+                    wanted.claim.check()
                 moved = change.gc_seq() != self._gc_seq
                 if not moved or closure is not None:
                     # Differences are looked at in any case: a base may have been found damaged.

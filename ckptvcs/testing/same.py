@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptvcs.state import torch_tensors
+from ckptvcs.state import generators, torch_tensors
 from ckptvcs.state.values import DataclassValue, EnumValue, TensorSubclassValue, type_name
 
 
@@ -75,6 +75,8 @@ def difference(a: Any, b: Any, path: str = "") -> str | None:
         return next(filter(None, wrongs), None)
     if torch is not None and isinstance(a, torch.Generator):
         return difference(a.get_state(), b.get_state(), path)
+    if generators.is_generator(a):
+        return None if generators.leaf(a) == generators.leaf(b) else f"{path}: a generator in another state"
     if hasattr(a, "fold") and a.fold != b.fold:
         return f"{path}: another fold"
     return None if a == b or repr(a) == repr(b) else f"{path}: {a!r} is not {b!r}"

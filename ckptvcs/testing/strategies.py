@@ -6,6 +6,7 @@ import argparse
 import collections
 import datetime
 import pathlib
+import random
 import types
 from typing import Any
 
@@ -64,8 +65,31 @@ def arrays(draw: st.DrawFn) -> np.ndarray[Any, Any]:
     return array.copy()
 
 
+_BIT_GENERATORS = (np.random.MT19937, np.random.PCG64, np.random.PCG64DXSM, np.random.Philox, np.random.SFC64)
+
+
+@st.composite
+def generators(draw: st.DrawFn) -> Any:
+    """Random generators of every kind, some of which have been used."""
+    seed = draw(st.integers(0, 1 << 130))
+    if draw(st.booleans()):
+        found: Any = random.Random(seed)
+        for _ in range(draw(st.integers(0, 2))):
+            found.gauss(0, 1)
+        return found
+    bits = draw(st.sampled_from(_BIT_GENERATORS))(seed)
+    kind = draw(st.sampled_from([np.random.Generator, np.random.RandomState, None]))
+    if kind is None:
+        return bits
+    found = kind(bits)
+    found.random(draw(st.integers(0, 700)))
+    found.standard_normal(draw(st.integers(0, 2)))
+    return found
+
+
 leaves: st.SearchStrategy[Any] = st.one_of(
     scalars,
+    generators(),
     arrays(),
     arrays().filter(lambda a: a.size > 0).map(lambda a: a.reshape(-1)[0]),
     st.datetimes(timezones=st.one_of(st.none(), st.timezones(), st.just(datetime.UTC))),

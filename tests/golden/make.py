@@ -21,7 +21,7 @@ from ckptvcs.store.packs import make_frame
 from tests.golden import states, values
 
 HERE = Path(__file__).parent
-NAMES = (*states.STATES, "files")
+NAMES = (*states.STATES, *states.FILES)
 
 
 def lines(named: dict[str, bytes]) -> bytes:

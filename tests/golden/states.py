@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import enum
 import pathlib
+import random
 import types
 import zoneinfo
 from typing import Any
@@ -18,8 +19,8 @@ import torch
 
 from ckptvcs.ids import Kind
 from ckptvcs.state import tree
-from ckptvcs.state.build import FileContent, LinkContent
-from ckptvcs.state.tensors import BytesSource
+from ckptvcs.state.build import FileContent, LinkContent, TensorContent
+from ckptvcs.state.tensors import BytesSource, Spec
 from ckptvcs.state.values import TensorSubclassValue
 from ckptvcs.testing.memory import MemoryStore
 
@@ -158,6 +159,23 @@ def split() -> dict[str, Any]:
     }
 
 
+def generators() -> dict[str, Any]:
+    """Random generators."""
+    used = random.Random(1)
+    used.gauss(0, 1)
+    state = np.random.RandomState(2)
+    state.standard_normal()
+    half = np.random.Generator(np.random.PCG64([3, 2**70]))
+    half.integers(0, 9, dtype=np.uint32)
+    half.spawn(2)
+    kinds = (np.random.MT19937, np.random.PCG64DXSM, np.random.Philox, np.random.SFC64)
+    return {
+        "python": [random.Random(0), used],
+        "numpy": [state, half, *(np.random.Generator(kind(4)) for kind in kinds)],
+        "bits": np.random.PCG64(5),
+    }
+
+
 def files() -> tree.Folder:
     """A folder of files."""
     long = b"0123456789" * 100
@@ -189,14 +207,45 @@ def later() -> dict[str, Any]:
     }
 
 
-STATES = {"leaves": leaves, "arrays": arrays, "tensors": tensors, "split": split, "later": later}
+def tensor_files() -> tree.Folder:
+    """Files in which tensors lie: two and a few, and so many that they become pages."""
+
+    def tensor(name: str, before: int, spec: Spec, order: list[int] | None = None) -> TensorContent:
+        return TensorContent(
+            name, before, spec, order, BytesSource(bytes(n % 251 for n in range(spec.nbytes)))
+        )
+
+    plain, parameter = Spec("torch", "bfloat16", (10, 20), 0, 2), Spec("torch", "float32", (3, 100), 6, 4)
+    big = Spec("numpy", "float64", (40,), 1, 8)
+    small = [
+        tensor("a", 10, plain), tensor("b/c", 0, parameter, [1, 0]),
+        tensor("tiny", 3, Spec("numpy", "int8", (4,), 0, 1)), tensor("big", 1, big),
+    ]  # fmt: skip
+    many = [tensor(f"layers.{at}.weight", at % 3, plain) for at in range(200)]
+    rest = [BytesSource(b"header" * 100)]
+    sizes = [sum(each.spec.nbytes for each in tensors) for tensors in (small, many)]
+    return {
+        "few": FileContent(sizes[0] + 20, 0o644, b"\4" * 32, 0, [BytesSource(b"x" * 20)], "npz", small),
+        "many": FileContent(sizes[1] + 600, 0o600, b"\5" * 32, 0, rest, "safetensors", many),
+    }
+
+
+FILES = {"files": files, "tensor files": tensor_files}
+STATES = {
+    "leaves": leaves,
+    "arrays": arrays,
+    "tensors": tensors,
+    "split": split,
+    "generators": generators,
+    "later": later,
+}
 
 
 def written(name: str) -> tuple[MemoryStore, bytes]:
     """A store that holds a state's tree, and the tree's id."""
     store = MemoryStore()
-    if name == "files":
-        return store, tree.write(store, files=files()).tree
+    if name in FILES:
+        return store, tree.write(store, files=FILES[name]()).tree
     return store, tree.write(store, STATES[name]()).tree
 
 

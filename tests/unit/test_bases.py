@@ -20,7 +20,7 @@ from ckptvcs.disk import Disk
 from ckptvcs.errors import CkptError, CorruptionError, NotFoundError, StorageError
 from ckptvcs.ids import Kind, ObjectId, chunk_id
 from ckptvcs.state import files, tree
-from ckptvcs.state.bases import Bases, Held, folded
+from ckptvcs.state.bases import Bases, Held, alike, folded
 from ckptvcs.store.format import GRIDS, Grid
 from ckptvcs.testing.memory import MemoryStore
 
@@ -314,6 +314,57 @@ def test_a_folded_path_must_be_one_contents_alone() -> None:
     assert two.find("head.7.w", *F32) == C
     three = named({f"layer.{at}.w": held((chunk_id(bytes([at])),)) for at in range(3)})
     assert three.find("layer.9.w", *F32) == (), "an even number of times and an odd one"
+
+
+def test_numbers_that_are_the_same_find_the_tensor_that_was_wrapped_meanwhile() -> None:
+    plain = named({"layer.1.w": held(A), "layer.2.w": held(B)})
+    assert plain.find("module.layer.2.w", *F32) == B
+    assert plain.find("module.layer.02.w", *F32) == B
+    assert plain.find("module.layer.3.w", *F32) == ()
+    wrapped = named({"model/module.layer.1.w": held(A), "model/module.layer.2.w": held(B)})
+    assert wrapped.find("model/layer.1.w", *F32) == A
+
+
+def in_files(**chunks: tuple[ObjectId, ...]) -> Bases:
+    """Tensors of one name in the files `run/checkpoint-N/model.safetensors`."""
+    return named({inside(name.removeprefix("at"), "layers.3.w"): held(each) for name, each in chunks.items()})
+
+
+def inside(step: str, name: str) -> str:
+    return f"\\s/run/checkpoint-{step}/model.safetensors//{name}"
+
+
+def test_of_a_files_tensor_the_save_before_is_found() -> None:
+    several = in_files(at500=A, at1000=B, at90=C)
+    for step, wanted in {
+        "1500": B,
+        "999": A,
+        "100": C,
+        "20": C,
+        "500": A,
+        "10000000000000000000000": B,
+    }.items():
+        assert several.find(inside(step, "layers.3.w"), *F32) == wanted, step
+    assert several.find(inside("1500", "layers.4.w"), *F32) == (), "another layer"
+    assert several.find(inside("1500", "layers.3.w"), "float64", (3,)) == ()
+    assert several.find(inside("1500", "module.layers.3.w"), *F32) == B
+    assert several.find(inside("1500", "layers.3.w").replace("model.", "other."), *F32) == ()
+    assert in_files(at1000=B).find(inside("1500", "layers.3.w"), "int8", (3,)) == ()
+
+
+def test_of_a_shard_the_shard_of_that_number_is_found() -> None:
+    shards = {
+        f"\\s/checkpoint-{step}/model-{shard}-of-2.bin": held((chunk_id(b"%d %d" % (step, shard)),), "", ())
+        for step in (5, 10)
+        for shard in (1, 2)
+    }
+    assert named(shards).find("\\s/checkpoint-15/model-1-of-2.bin", "", ()) == (chunk_id(b"10 1"),)
+
+
+def test_hints_of_files_tensors_are_alike_whatever_the_save() -> None:
+    assert alike(inside("5", "layers.3.w")) == alike(inside("10", "layers.3.w"))
+    assert alike(inside("5", "layers.3.w")) != alike(inside("5", "layers.4.w"))
+    assert alike("checkpoint-5/w") != alike("checkpoint-6/w")
 
 
 def test_content_of_the_folded_path_must_be_of_the_same_dtype_and_shape() -> None:

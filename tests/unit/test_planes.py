@@ -18,7 +18,7 @@ import pytest
 import zstandard
 
 from ckptvcs.errors import CorruptionError, FormatError
-from ckptvcs.store import codec, planes
+from ckptvcs.store import codec, entropy, planes
 from ckptvcs.store.planes import CODED, CONSTANT, LAYOUTS, RAW, SPARSE, WORD
 
 Words: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
@@ -325,6 +325,20 @@ def test_sparse_planes_are_far_below_a_code_of_bytes(share: float, limit: float)
     payload = packed(words)
     assert len(payload) < limit * words.nbytes / 8
     assert decoded(payload, 4, count).tobytes() == words.tobytes()
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.1, 0.2, 0.3])
+@pytest.mark.parametrize("runs", [1, 64, 4096])
+def test_the_smaller_of_code_and_bitmap_is_taken_unless_they_are_alike(share: float, runs: int) -> None:
+    """Told from pieces of the plane; both are tried in full where the pieces do not decide."""
+    count = 1 << 18
+    generator = np.random.default_rng(runs)
+    present = np.repeat(generator.random(count // runs) < share, runs)
+    plane = np.where(present, generator.integers(1, 9, count), 0).astype(np.uint8)
+    coded = len(entropy.huffman(plane.data))
+    bitmap = sum(map(len, planes._encode_sparse(plane)))
+    taken = sum(map(len, planes._encode_plane(plane)[1]))
+    assert taken <= 1.02 * min(coded, bitmap)
 
 
 # -- payloads that lie ----------------------------------------------------------------------------

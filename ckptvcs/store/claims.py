@@ -1,0 +1,131 @@
+"""Claims: how a process says that a branch is its own to commit to.
+
+A claim is a file under `leases/` whose flock its process holds, like a lease. The kernel lets go when the
+process dies, so there are no stale claims, and no clock decides. Its content is a token, and says who holds
+it. Who takes a claim over puts another file in its place, so that its token is found there no longer
+(docs/format.md, "Leases").
+
+A claim keeps others from claiming, not from committing: that is what the comparison of refs is for. But a
+claimant commits only while its claim stands (`Publication.claim`). Claims are written, like refs, in write
+transactions of the index: no commit is between its last look at the claim and its move of the ref then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from ckptvcs.disk import Disk, Lock, random_name
+from ckptvcs.errors import LockedError, StorageError
+from ckptvcs.store.format import Layout
+from ckptvcs.store.index import Index
+
+_WAIT: Final = 2.0
+"""Seconds to wait for a free claim that somebody holds for a moment: a collector clearing away dead ones."""
+
+_MOST: Final = 1 << 16
+
+
+class Claim:
+    """A claim that stands, or stood.
+
+    Attributes:
+        token: what its file holds as long as it stands.
+    """
+
+    def __init__(self, disk: Disk, path: Path, token: str, shown: str, lock: Lock | None) -> None:
+        """Use `take`. Without a lock it can be checked and not released: another process holds it."""
+        self._disk = disk
+        self._path = path
+        self.token = token
+        self._shown = shown
+        self._lock = lock
+        self._released = False
+
+    @property
+    def released(self) -> bool:
+        """Whether it was given back."""
+        return self._released
+
+    @property
+    def held(self) -> bool:
+        """Whether it stands."""
+        return not self._released and _content(self._disk, self._path).get("token") == self.token
+
+    def check(self) -> None:
+        """LockedError (code "claimed") if somebody has taken it over. A claim given back binds nobody."""
+        if not self._released and not self.held:
+            raise LockedError(
+                f"the branch {self._shown} was taken over by {claimant(self._disk, self._path)}",
+                hint="this process saves there no longer; it may go on on another branch",
+                code="claimed",
+            )
+
+    def release(self) -> None:
+        """Give it back. The empty file stays for the next claimant, or for a collector to remove."""
+        if self._released or self._lock is None:
+            return
+        if self._lock.held:
+            with contextlib.suppress(StorageError):
+                self._lock.write(b"")
+        self._released = True
+        self._lock.release()
+
+
+def take(
+    disk: Disk, layout: Layout, index: Index, ref: str, holder: Mapping[str, Any], *, steal: bool = False
+) -> Claim:
+    """Claim a ref. LockedError (code "claimed") naming the living claimant, unless `steal`."""
+    shown = ref.removeprefix("refs/heads/")
+    path = layout.claim(ref)
+    token = random_name() + random_name()
+    content = json.dumps({"token": token, **holder}).encode()
+    try:
+        lock = disk.lock(path, wait=_WAIT)
+    except LockedError:
+        if not steal:
+            raise LockedError(
+                f"the branch {shown} is claimed by {claimant(disk, path)}",
+                hint="stop it or wait for its end, work on another branch, or take over with steal=True",
+                code="claimed",
+            ) from None
+        with index.change():
+            disk.remove(path)
+            lock = disk.lock(path)
+            _write(lock, content)
+    else:
+        with index.change():
+            _write(lock, content)
+    return Claim(disk, path, token, shown, lock)
+
+
+def _write(lock: Lock, content: bytes) -> None:
+    try:
+        lock.write(content)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _content(disk: Disk, path: Path) -> dict[str, Any]:
+    try:
+        with disk.open(path) as file:
+            found = json.loads(file.read(0, _MOST))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def claimant(disk: Disk, path: Path) -> str:
+    """Who holds a claim, in words, as far as its file tells."""
+    found = _content(disk, path)
+    process, host, job, author = (found.get(name) for name in ("process", "host", "job", "author"))
+    if not host:
+        return "another process"
+    mine = process == disk.process() and host == disk.host()
+    words = [f"job {job}:" if job else "", "this process" if mine else f"process {process}", f"on {host}"]
+    words.append(f"({author})" if author else "")
+    return " ".join(" ".join(words).split())[:300]
