@@ -421,10 +421,7 @@ class Repo:
         with self._mutex:
             self._lineage()
             if self._head()[1] != self._tip:
-                raise ConflictError(
-                    f"somebody else moved the branch {self.branch_name} since this handle saw it",
-                    hint="restore its tip and go on from there, or work on a branch of its own",
-                )
+                raise self._moved()
         state_trees.check(state)
 
     def claim(self, *, steal: bool = False) -> Claim:
@@ -432,13 +429,15 @@ class Repo:
 
         Others cannot claim the branch meanwhile, and this handle commits only while it holds the claim. Seen
         by all processes of this machine; somebody who does not claim may still commit, which ends as a
-        conflict.
+        conflict. A handle that has restored nothing sees the branch's tip anew: who takes over from a job
+        that saves often claims first and restores then.
 
         Args:
             steal: take the branch over from a living claimant, whose handle then refuses to commit.
 
-        Raises LockedError (code 'claimed') naming the claimant's job, process and host, and LineageError
-        if HEAD is detached.
+        Raises LockedError (code 'claimed') naming the claimant's job, process and host; ConflictError if
+        somebody moved the branch since this handle saw it, and then takes nothing over; LineageError if
+        HEAD is detached.
         """
         shared = self._open_shared()
         if self._ref is None:
@@ -449,12 +448,25 @@ class Repo:
             "job": shared.job,
             "author": self.author,
         }
-        claim = shared.store.claim(self._ref, holder, steal=steal)
-        with self._mutex:
-            if self._claim is not None:
-                self._claim.release()
-            self._claim = claim
-        return claim
+        for _ in range(_RETRIES):
+            tip = self._tip if self._origin is not None else self._head()[1]
+            claim = shared.store.claim(self._ref, tip, holder, steal=steal)
+            if claim is not None:
+                with self._mutex:
+                    self._tip = tip
+                    if self._claim is not None:
+                        self._claim.release()
+                    self._claim = claim
+                return claim
+            if self._origin is not None:
+                break
+        raise self._moved()
+
+    @property
+    def claimed(self) -> Claim | None:
+        """The claim on the branch that this handle holds; None without one."""
+        claim = self._claim
+        return claim if claim is not None and claim.held else None
 
     def commit_async(
         self,
@@ -760,6 +772,12 @@ class Repo:
                 f"`ckpt branch NAME {self._origin.short}`; `ckpt fork` does both",
             )
         return self._ref, (self._tip,)
+
+    def _moved(self) -> ConflictError:
+        return ConflictError(
+            f"somebody else moved the branch {self.branch_name} since this handle saw it",
+            hint="restore its tip and go on from there, or work on a branch of its own",
+        )
 
     def _lost_race(self, ref: str, lost: str) -> ConflictError:
         branch, kept = refs.shown(ref), refs.shown(lost)

@@ -59,7 +59,7 @@ OWNERS = {
     "tempfile": ["disk.py", "companion.py"],
     "subprocess": ["companion.py", "history/environment.py"],  # there to ask git
     "socket": ["companion.py"],
-    "signal": ["companion.py"],
+    "signal": ["companion.py", "training/preemption.py"],
     "hypothesis": ["testing/strategies.py"],
 }
 """Each library and each door to the operating system has one owner; `testing` doubles those doors."""
