@@ -64,6 +64,8 @@ The words of a RANDOM and the arrays of a NUMPY_GENERATOR are little endian. Its
 "RandomState" or "BitGenerator", its fields are those of numpy's `state`, and its *seed sequence* is
 [entropy, [spawn key, ...], pool size, children spawned].
 *Flags* is a sum of BIG_ENDIAN, REQUIRES_GRAD, PARAMETER and COALESCED below.
+The components of a TORCH_SUBCLASS are tensors of any kind under the names that its class gives them; of a
+class that only relabels a plain tensor there is one, called "".
 
 A TENSOR_FILE is a file in which tensors lie. Its map names them in the order of their bytes; its data is all
 other bytes of the file, in their order, as many as size leaves. The int in front of a TENSOR says how many

@@ -244,7 +244,7 @@ class _OptimizerLoad(Load):
     def __init__(self, plan: Planning, path: str, stored: Branch, target: Any, partial: bool) -> None:
         super().__init__(path, stored, target, partial)
         self._parameters = [each for group in target.param_groups for each in group["params"]]
-        self._filled: dict[int, int] = {}
+        self._known: set[int] = set()
         self._numbers = _numbers(stored)
         groups = [len(group["params"]) for group in target.param_groups]
         given = [len(numbers) for numbers in self._numbers]
@@ -303,7 +303,6 @@ class _OptimizerLoad(Load):
                 if same == (stored.spec.framework, stored.spec.dtype, stored.spec.shape) and plan.fill(
                     stored, live, path
                 ):
-                    self._filled[id(stored)] = live.data_ptr()
                     return _live(live)
             return stored
         if isinstance(stored, Compound):
@@ -332,6 +331,8 @@ class _OptimizerLoad(Load):
     def run(self, value: Any, strict: bool) -> None:
         if self._partial:
             value = _merged(self._target.state_dict(), value)
+        if self._plain:  # what it is given was compared with its ids when it was read, and becomes its state
+            self._known = set(_pointers(value["state"]))
         self._target.load_state_dict(value)
         if torch_objects.casts(self._target):
             for key, given in value["state"].items():
@@ -356,7 +357,7 @@ class _OptimizerLoad(Load):
             }
 
         def trusted(stored: StoredTensor, tensor: Any) -> bool:
-            return self._plain and self._filled.get(id(stored)) == tensor.data_ptr()
+            return tensor.data_ptr() in self._known
 
         return differences(self._stored, now, self.path, chunk, trusted)
 
@@ -397,6 +398,18 @@ def _of_other_shape(stored: Stored, shape: tuple[int, ...]) -> list[str]:
         for key, child in zip(stored.keys, stored.children, strict=True)
         if isinstance(child, StoredTensor) and child.spec.shape not in ((), shape)
     ]
+
+
+def _pointers(value: Any) -> Iterator[int]:
+    if torch_tensors.is_tensor(value):
+        if torch_tensors.is_dense(value):
+            yield value.data_ptr()
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _pointers(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _pointers(each)
 
 
 def _uncast(given: Any, live: Any) -> Any:

@@ -54,8 +54,8 @@ from ckptvcs.state.read import (
     StoredTorch,
 )
 from ckptvcs.state.renaming import Renames, near_misses
-from ckptvcs.state.tensors import SHARED_NAMES, Raw, Spec, capture
-from ckptvcs.state.verify import differences
+from ckptvcs.state.tensors import SHARED_NAMES, ArraySource, Raw, Spec, bounds, capture, unit
+from ckptvcs.state.verify import differences, holds
 
 _Set: TypeAlias = Callable[[Any], None]
 
@@ -120,6 +120,36 @@ def fill(
 # -- comparing ------------------------------------------------------------------------------------
 
 
+class _Fill(NamedTuple):
+    path: str
+    stored: StoredTensor
+    raw: Raw
+    swapped: int
+
+
+def _overwritten(fills: Sequence[_Fill], chunk: int) -> dict[str, str]:
+    """Which of these were spoilt by others that overlap them: of two values for one byte, one is lost."""
+    extents = []
+    for fill in fills:
+        low, high = bounds(fill.raw.shape, fill.raw.strides, fill.raw.itemsize)
+        start = fill.raw.__array_interface__["data"][0]
+        extents.append((start + low, start + high, fill))
+    extents.sort(key=lambda extent: extent[:2])
+    found: dict[str, str] = {}
+    reach, before = 0, -1
+    overlapping: dict[int, _Fill] = {}
+    for at, (low, high, fill) in enumerate(extents):
+        if low < reach:
+            overlapping |= {before: extents[before][2], at: fill}
+        if high > reach:
+            reach, before = high, at
+    for fill in overlapping.values():
+        size = unit(fill.stored.spec.dtype, fill.stored.spec.item)
+        if not holds(fill.stored.content, ArraySource(fill.raw, size, fill.swapped), chunk):
+            found[fill.path] = "overlaps memory that other values are stored for"
+    return found
+
+
 class _Plan:
     def __init__(self, only: str | Sequence[str] | None, source: Callable[[str], str]) -> None:
         self._only = None if only is None else [only] if isinstance(only, str) else list(only)
@@ -128,7 +158,7 @@ class _Plan:
         self.unexpected: dict[str, Stored] = {}
         self.mismatched: dict[str, str] = {}
         self._spare: dict[str, Stored] = {}
-        self._fills: list[tuple[StoredTensor, Raw, int]] = []
+        self._fills: list[_Fill] = []
         self._staged: list[tuple[StoredTensor, Any]] = []
         self._values: list[tuple[str, Stored, _Set]] = []
         self._rebuilds: list[Callable[[], None]] = []
@@ -238,7 +268,7 @@ class _Plan:
 
     def _into(self, stored: StoredTensor, raw: Raw, swapped: int, path: str) -> None:
         if self._first(stored, (raw.__array_interface__["data"][0], raw.shape, raw.strides), path):
-            self._fills.append((stored, raw, swapped))
+            self._fills.append(_Fill(path, stored, raw, swapped))
 
     def _first(self, stored: StoredTensor, place: Any, path: str) -> bool:
         """Whether nothing fills this place yet. Two names of one tensor must have been stored equal."""
@@ -406,8 +436,8 @@ class _Plan:
     def carry_out(self, reader: ObjectReader, strict: bool) -> Filled:
         """Read, fill, replace, load."""
         materialiser = Materialiser(reader)
-        for stored, raw, swapped in self._fills:
-            materialiser.filler.add(stored.content, raw, swapped)
+        for fill in self._fills:
+            materialiser.filler.add(fill.stored.content, fill.raw, fill.swapped)
         for stored, tensor in self._staged:
             materialiser.filler.add_staged(stored.content, tensor)
         spare = self.unexpected | self._spare
@@ -427,7 +457,7 @@ class _Plan:
         for rebuild in reversed(self._rebuilds):  # inner tuples were noted after the outer ones
             rebuild()
         values = [found.popleft() for _ in loads]
-        altered: dict[str, str] = {}
+        altered = _overwritten(self._fills, reader.grid.chunk)
         for last in (False, True):
             for at, (load, _) in enumerate(loads):
                 if load.last is last:

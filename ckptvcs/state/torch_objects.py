@@ -61,7 +61,8 @@ def _parts(value: Any) -> Iterator[tuple[str, str]]:
             for index, parameter in enumerate(group["params"]):
                 where = f"parameter {index} of group {at}"
                 yield from _part(where, parameter)
-                for key, tensor in dict(value.state.get(parameter) or {}).items():
+                state = value.state.get(parameter)
+                for key, tensor in state.items() if isinstance(state, Mapping) else ():
                     yield from _part(f"{key} of {where}", tensor)
 
 
@@ -126,11 +127,10 @@ class ModuleNames:
             if inner == "_checkpoint_wrapped_module":  # its own hooks leave the name out
                 module = module._modules[inner]
                 continue
-            child = module._modules.get(head) if dot else None
-            if child is None:
+            if not dot or head not in module._modules or module._modules[head] is None:
                 return Place(".".join([*kept, rest]), plain)
             kept.append(head)
-            module, rest = child, tail
+            module, rest = module._modules[head], tail
 
     def module_name(self, name: str) -> str:
         """The name of a module within the whole; "" is the whole."""

@@ -21,7 +21,7 @@ LAYERS = (
     {"history"},  # may import state; state never imports it
     {"maintenance"},
     {"rng"},  # a leaf of states, public by itself
-    {"opening"},
+    {"opening", "importing"},
     {"background"},
     {"repo"},
     {"training"},

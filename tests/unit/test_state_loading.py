@@ -1,6 +1,8 @@
 """Objects with load_state_dict: torch's optimizers and schedulers, and what loads in its own way."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -334,6 +336,66 @@ def test_parameters_and_moments_are_read_into_where_they_are():
     assert pointers(other.state_dict()) == before
     assert all(a is b["exp_avg"] for a, b in zip(moments, again.state.values(), strict=True))
     assert difference(model.state_dict(), other.state_dict()) is None
+
+
+MEMORY = """
+import resource, sys, torch
+from ckptvcs import Repo
+
+model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000, bias=False) for _ in range(30)))
+optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+state = {"m": model, "o": optimizer}
+warm = sys.argv[2] != "fresh"
+if warm:
+    for parameter in model.parameters():
+        moments = {key: torch.full_like(parameter, 0.5) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+if sys.argv[2] == "write":
+    Repo.init(sys.argv[1], compression="fast").commit(state)
+    sys.exit()
+repo = Repo.open(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+repo.restore(state)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+unit = 1 if sys.platform == "darwin" else 1024
+print((after - before) * unit)
+"""
+
+
+@pytest.mark.slow
+def test_restoring_takes_no_second_copy(tmp_path):
+    def run(mode):
+        command = [sys.executable, "-c", MEMORY, str(tmp_path), mode]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    run("write")
+    whole = 3 * 30 * 4_000_000
+    assert int(run("warm")) < 0.2 * whole
+    # Moments that are not there yet are made once.
+    assert int(run("fresh")) < whole * 2 / 3 + 0.2 * whole
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.jit.script(nn.Sequential(nn.Linear(30, 30), nn.BatchNorm1d(30))),
+        lambda: nn.MultiheadAttention(32, 4),
+        lambda: nn.LSTM(30, 30, 2),
+        lambda: nn.ParameterList([torch.randn(30), torch.randn(400)]),
+        lambda: nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last),
+        lambda: nn.Linear(30, 30).to(torch.float8_e4m3fn),
+        lambda: nn.Linear(30, 30, dtype=torch.complex64),
+        lambda: nn.InstanceNorm1d(300, affine=True, track_running_stats=True),
+        lambda: nn.Linear(30, 30).share_memory(),
+    ],
+)
+def test_modules_of_many_kinds(make):
+    torch.manual_seed(0)
+    model, into = make(), make()
+    store, id = stored({"m": model})
+    fill(store, id, {"m": into})
+    assert tree.write(MemoryStore(), {"m": into}).tree == id
 
 
 class Transposing(nn.Module):

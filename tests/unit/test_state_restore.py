@@ -106,6 +106,22 @@ def test_a_mismatch_lists_everything_and_changes_nothing():
     assert done.missing == ("c/gone", "more")
 
 
+def test_memory_that_two_values_are_stored_for():
+    base = np.zeros(1000)
+    into = {"a": base[:600], "b": base[400:], "c": np.zeros(3)}
+    kept = np.arange(1000.0)
+    fill(*stored({"a": kept[:600], "b": kept[400:], "c": kept[:3]}), into)
+    assert base.tolist() == kept.tolist()
+    state = {"a": np.ones(600), "b": np.zeros(600), "c": np.ones(3)}
+    with pytest.raises(StateMismatchError) as caught:
+        fill(*stored(state), into)
+    assert [text.split(" ")[0] for text in caught.value.altered] in (["a"], ["b"])
+    assert fill(*stored(state), into, strict=False).altered
+    same = {"a": base, "b": base}
+    with pytest.raises(StateMismatchError, match="shares its memory"):
+        fill(*stored({"a": np.ones(1000), "b": np.zeros(1000)}), same)
+
+
 def test_places_kept_free():
     state = {
         "none": np.ones(3),
