@@ -16,7 +16,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from ckptvcs.disk import Disk, Lock, random_name
 from ckptvcs.errors import LockedError, StorageError
@@ -74,6 +74,12 @@ class Claim:
                 self._lock.write(b"")
         self._released = True
         self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def take(

@@ -88,7 +88,8 @@ class Autosave:
             min_delta: for `patience`, by more than how much a value must be better.
             keep_last, keep_best: how many commits retention is to keep. Recorded in each commit; nothing is
                 deleted yet.
-            on_error: 'raise', or 'warn' to train on when the disk is full or refuses, and try again.
+            on_error: 'raise', or 'warn' to train on when the disk is full or refuses, or the process that
+                writes was killed, and try again.
             config: hyperparameters, recorded in each commit.
             message: of each commit; without it, what made the save due.
             signals: save and stop when one of these comes; by default SIGTERM and SIGUSR1, none with ().
@@ -563,7 +564,8 @@ class Autosave:
         try:
             self._close(save=False)
         except Exception as error:  # noqa: BLE001 - the exception that ends training says more
-            _log.error("the last save failed: %s", error)
+            if error is not value:
+                _log.error("the last save failed: %s", error)
 
     def _leave(self) -> None:
         """The interpreter exits, and nobody called `close`."""
@@ -650,8 +652,11 @@ def _monitor(repo: Repo, metric: str, mode: str | None, patience: int | None, mi
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether an error lies with the disk, so that trying again may help. A lost claim or race does not."""
-    return isinstance(error, StorageError) or (isinstance(error, LockedError) and error.code != "claimed")
+    """Whether trying again may help: the disk refused, something was locked, the process that writes was
+    killed. A branch that was lost stays lost."""
+    if isinstance(error, LockedError):
+        return error.code != "claimed"
+    return isinstance(error, StorageError) or (isinstance(error, CkptError) and error.code == "writer-lost")
 
 
 def _detached(value: Any) -> Any:

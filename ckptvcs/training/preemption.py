@@ -75,11 +75,6 @@ class Preemption:
             self._handlers[each] = _Note(weakref.ref(self), earlier)
             signal.signal(each, self._handlers[each])
 
-    @property
-    def watched(self) -> tuple[Signals, ...]:
-        """The signals that have handlers of ours."""
-        return tuple(self._handlers)
-
     def note(self, which: int) -> bool:
         """A signal has come; False in a forked child, whose signals are not the job's."""
         if self._disk.process() != self._process:

@@ -72,10 +72,11 @@ class Ranks:
             return mine
         torch = sys.modules["torch"]
         flags = torch.tensor(mine, dtype=torch.int64)
-        work = torch.distributed.all_reduce(
-            flags, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
-        )
-        work.wait(_PATIENCE)
+        # What `all_reduce` passes on has no timeout of its own, and the group's is that of its making.
+        options = torch.distributed.AllreduceOptions()
+        options.reduceOp = torch.distributed.ReduceOp.MAX
+        options.timeout = _PATIENCE
+        self._group.allreduce([flags], options).wait()
         return Flags(*map(int, flags.tolist()))
 
     @contextlib.contextmanager

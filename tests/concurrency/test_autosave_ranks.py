@@ -17,7 +17,7 @@ import ckptvcs
 from ckptvcs import Repo
 
 PROGRAM = """
-import json, logging, os, random, signal, sys, time
+import datetime, json, logging, os, random, signal, sys, time
 import numpy as np, torch, torch.distributed as dist
 import ckptvcs
 from ckptvcs.training import Autosave
@@ -25,11 +25,17 @@ from ckptvcs.training import Autosave
 rank, options = int(sys.argv[1]), json.loads(sys.argv[2])
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="LOG %(message)s")
 dist.init_process_group("gloo", init_method="file://" + options["rendezvous"], rank=rank, world_size=2)
+if options.get("start"):
+    import ckptvcs.training.ranks
+    ckptvcs.training.ranks._START = datetime.timedelta(seconds=options["start"])
+if options.get("only") and rank > 0:
+    time.sleep(15)
+    sys.exit()
 seed = options.get("seed", 0) + rank
 random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
 model = torch.nn.Linear(8, 8)
 for parameter in model.parameters():
-    dist.broadcast(parameter.data, 0)
+    dist.broadcast(parameter.data, 0) if not options.get("only") else None
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 state = {"model": model, "optimizer": optimizer, "rng": ckptvcs.rng}
 repo = ckptvcs.Repo.open(options["place"])
@@ -46,8 +52,7 @@ def train(save):
         optimizer.step()
         if options.get("signal") == [rank, step + 1]:
             os.kill(os.getpid(), signal.SIGTERM)
-        if options.get("pause"):
-            time.sleep(options["pause"])
+        time.sleep(options.get("pause", 0) + options.get("behind", 0) * (rank == 0 and step == 1))
         metrics = {"loss": options["losses"][step]} if options.get("losses") and rank == 0 else None
         go_on = save.step(step + 1, metrics)
         print("STEP", step + 1, go_on, flush=True)
@@ -165,6 +170,20 @@ def test_what_fails_on_rank_0_fails_on_all(place: Path) -> None:
     assert [status for status, _, _ in ended] == [1, 1], ended
     assert "is claimed by process" in ended[0][2]
     assert "Autosave failed on another rank" in ended[1][2]
+
+
+def test_an_autosave_on_rank_0_alone_says_what_is_missing(place: Path) -> None:
+    job = Job(place, arguments={"every": 1}, steps=3, start=3, only=True)
+    ended = job.end()
+    assert ended[0][0] == 1
+    assert "rank 0 of 2 waited for the other ranks in vain" in ended[0][2]
+    assert "make the Autosave on every rank, or only on rank 0 and with agree=False" in ended[0][2]
+
+
+def test_ranks_wait_longer_for_each_other_later(place: Path) -> None:
+    """As for a rank 0 that evaluates on its own."""
+    ended = Job(place, arguments={"every": 2}, steps=3, start=6, behind=9).end()
+    assert [status for status, _, _ in ended] == [0, 0], ended
 
 
 def test_a_signal_to_both_ranks(place: Path) -> None:

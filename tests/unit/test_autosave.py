@@ -717,6 +717,24 @@ def test_a_last_save_that_fails_is_an_error(repo: Repo, blocking: bool, refusal:
     Autosave(repo, state, every=5).close()
 
 
+def test_training_goes_on_when_the_writer_was_killed(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
+    """As the kernel does when memory runs out."""
+    state = new_state()
+    with Autosave(repo, state, every=1, on_error="warn") as save:
+        go_on(save, state, 2)
+        save.wait()
+        background = repo._shared.background
+        assert background is not None
+        assert background._companion is not None
+        writer = background._companion.number
+        os.kill(writer, signal.SIGSTOP)
+        go_on(save, state, 1)
+        os.kill(writer, signal.SIGKILL)
+        go_on(save, state, 2)
+    assert steps(repo) == [1, 2, 4, 5]
+    assert any("step 3 could not be saved: the writer process was killed" in line for line in lines(caplog))
+
+
 def test_what_trying_again_does_not_mend_is_raised(place: Path, repo: Repo) -> None:
     state = new_state()
     save = Autosave(repo, state, every=1, on_error="warn")

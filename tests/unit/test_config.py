@@ -21,6 +21,7 @@ from ckptvcs.config import KNOWN, Config, flatten, known, seconds_of, split_key
         ("30", 30),
         ("30s", 30),
         ("30m", 1800),
+        ("30min", 1800),
         ("24h", 86_400),
         ("7d", 604_800),
         ("2w", 1_209_600),
