@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -330,6 +331,7 @@ if "close" in sys.argv:
 """
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits what another process writes: Linux only")
 @pytest.mark.parametrize("how", ["blocking", "background"])
 def test_exit_statuses(place: Path, how: str) -> None:
     def ended(*words: str) -> tuple[int, str, list[str], list[int | None]]:
