@@ -228,9 +228,9 @@ class Autosave:
         return None if value is None else float(value)
 
     def _announce(self) -> None:
-        when = "auto" if self._schedule is None else str(self._schedule)
+        when = "as often as pays off" if self._schedule is None else f"every {self._schedule}"
         best = f" and at each best {self._metric}" if self._metric and self._save_best else ""
-        _log.info("autosaving to the branch %s every %s%s", self._repo.branch_name, when, best)
+        _log.info("autosaving to the branch %s %s%s", self._repo.branch_name, when, best)
         wishes = {name: count for name, count in self._keep.items() if count is not None}
         if wishes:
             _log.warning(
@@ -388,7 +388,7 @@ class Autosave:
         if schedule is not None and schedule.seconds is not None and at - self._saved_at >= schedule.seconds:
             return f"every {in_time(schedule.seconds)}"
         if self._planner is not None and self._work >= self._planner.interval:
-            return f"every {in_time(self._planner.interval)}"
+            return "auto"
         return None
 
     def _wait(self) -> None:

@@ -95,6 +95,8 @@ def _no_schedule(every: Any) -> InvalidError:
 
 def in_time(seconds: float) -> str:
     """A duration for people: 0.31 s, 2.5 min, 6.0 h."""
+    if seconds < 0.00005:
+        return "0 ms"
     if seconds < 0.0995:
         return f"{seconds * 1000:.2g} ms"
     if seconds < 99.5:

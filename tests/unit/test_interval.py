@@ -264,7 +264,14 @@ def test_each_multiple_is_crossed_once_however_steps_come(every: int, strides: l
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [
-        *((0, "0 ms"), (0.0123, "12 ms"), (0.31, "0.31 s"), (9.99, "9.99 s"), (12.34, "12.3 s")),
+        *(
+            (0, "0 ms"),
+            (1e-6, "0 ms"),
+            (0.0123, "12 ms"),
+            (0.31, "0.31 s"),
+            (9.99, "9.99 s"),
+            (12.34, "12.3 s"),
+        ),
         *((150, "2.5 min"), (5900, "98.3 min"), (21_600, "6.0 h")),
     ],
 )
