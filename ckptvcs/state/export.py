@@ -424,7 +424,7 @@ class _Planning:
         elif isinstance(node, StoredBlob):
             found = self._blob(path, node)
         elif isinstance(node, Compound):
-            return self._compound(path, node, views, refused)
+            found = self._compound(path, node, views, refused)
         elif isinstance(node, Branch):
             children = [
                 self._value(paths.join(path, paths.name(key)), child, views, refused)
