@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import random
 import stat
 import struct
 import subprocess
@@ -373,12 +374,19 @@ def test_what_the_weights_only_reader_does_not_build_is_refused(repo: Repo, tmp_
             "fine": [1, {"w": np.ones(1)}],
             "keys": {np.int64(3): 1},
             "frozen": frozenset([1]),
+            "random": np.random.default_rng(1),
+            "python": random.Random(1),
+            "format": torch.channels_last,
         }
     )
     with pytest.raises(UnsupportedStateError) as refused:
         repo.export("HEAD", tmp_path, format="torch")
     paths = {path.split("/")[0] for path, _ in refused.value.leaves}
-    assert paths == {"pair", "default", "scalar", "path", "text", "huge", "generator", "keys", "frozen"}
+    assert paths == {"pair", "default", "scalar", "path", "text", "huge", "generator", "keys", "frozen"} | {
+        "random",
+        "python",
+        "format",
+    }
     assert not list(tmp_path.glob("*.pt"))
 
 
