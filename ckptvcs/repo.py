@@ -37,6 +37,7 @@ from ckptvcs.opening import FOLDER, Environment, default_author, find, make_fold
 from ckptvcs.store import Claim, LogEntry, Move, Operation, Publication, Reader, Store, Writer
 
 if TYPE_CHECKING:
+    from ckptvcs.background import Background, PendingCommit
     from ckptvcs.maintenance import fsck, gc
     from ckptvcs.state import files as file_trees
     from ckptvcs.state import tree as state_trees
@@ -96,6 +97,7 @@ class _Shared:
         self.history = History(store)
         self.author = author
         self.children: list[Repo] = []
+        self.background: Background | None = None
         self.config = self.read_config()
 
     def read_config(self) -> settings.Config:
@@ -127,6 +129,7 @@ class Repo:
         # The content of the commit this handle made last, so that its tree need not be read.
         self._held: tuple[ObjectId, dict[str, Held]] | None = None
         self._claim: Claim | None = None
+        self._pending: PendingCommit | None = None
         self._ref: str | None
         self._tip: ObjectId | None
         with shared.store.snapshot() as snapshot:
@@ -233,22 +236,28 @@ class Repo:
         return handle
 
     def close(self) -> None:
-        """Let go of the repository. The handle cannot be used afterwards; closing twice is fine."""
+        """Let go of the repository. The handle cannot be used afterwards; closing twice is fine.
+
+        Waits for a save in flight (`commit_async`). If one failed and its error was not raised yet, it
+        is raised here, after everything was closed.
+        """
         if self._closed:
             return
-        with self._mutex:
-            self._closed = True
-            self._let_go()
-        if self._owner:
-            for child in self._shared.children:
-                with child._mutex:  # a commit that another thread is making there ends first
-                    child._closed = True
-                    child._let_go()
-            self._shared.store.close()
-
-    def _let_go(self) -> None:
-        if self._claim is not None:
-            self._claim.release()
+        ending = [self, *self._shared.children] if self._owner else [self]
+        try:
+            with contextlib.ExitStack() as stack:  # of several errors each is raised, in a chain
+                for handle in ending:
+                    stack.callback(handle._settle)
+        finally:
+            for handle in ending:
+                with handle._mutex:  # a commit that another thread is making there ends first
+                    handle._closed = True
+                    if handle._claim is not None:
+                        handle._claim.release()
+            if self._owner:
+                if self._shared.background is not None:
+                    self._shared.background.close()
+                self._shared.store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -259,7 +268,12 @@ class Repo:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except CkptError as error:
+            if value is None:
+                raise
+            _log.error("a commit in the background was not made: %s", error)
 
     def __repr__(self) -> str:
         return f"Repo({str(self.path)!r}, branch={self.branch_name!r})"
@@ -434,9 +448,125 @@ class Repo:
         }
         claim = shared.store.claim(self._ref, holder, steal=steal)
         with self._mutex:
-            self._let_go()
+            if self._claim is not None:
+                self._claim.release()
             self._claim = claim
         return claim
+
+    def commit_async(
+        self,
+        state: Any,
+        message: str = "",
+        *,
+        step: int | None = None,
+        epoch: int | float | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        config: Any = None,
+        files: Mapping[str, StrPath] | None = None,
+        environment: Mapping[str, Any] | None = None,
+        when_busy: str = "wait",
+        frozen: str | Sequence[str] = (),
+    ) -> PendingCommit:
+        """Save a state in the background. When the call returns, everything is copied, files included,
+        and the state may change; the commit is durable once `PendingCommit.result` returns it.
+
+        A process of its own stores the copy, at the lowest priority; it is started by the first call and
+        ends with `close`. If this process dies meanwhile, the save is finished all the same.
+
+        Args:
+            when_busy: one save is in flight at a time, over all handles of this repository from `on`.
+                'wait' waits for the one before; 'skip' saves nothing then, and the result says so.
+            frozen: pattern or patterns (as in `checkout`) of tensors that hardly ever change. Of torch
+                tensors among them whose version counter says that nothing was written since the last
+                call, no new copy is made. Writes that torch does not count are missed: through
+                `tensor.data`, a numpy view, or foreign code.
+            others: as in `commit`.
+
+        Extra memory is one copy of the state and files, kept for the next call, and what the writer
+        process needs for itself (docs/architecture, "Memory").
+
+        Raises at once what `commit` raises before it writes. An error met later is raised by `result`,
+        or else by the next commit of this handle, or by `close`; if the program ends before any of them,
+        it is logged and the exit status is 120. CkptError (code `writer-lost`) if the writer process died.
+        """
+        shared = self._open_shared()
+        store = shared.store
+        begun = store.disk.seconds()
+        from ckptvcs.background import Background
+        from ckptvcs.state import files as file_trees
+        from ckptvcs.state import tree as state_trees
+        from ckptvcs.state.distributed import refuse_on_other_ranks
+        from ckptvcs.state.paths import matcher
+
+        refuse_on_other_ranks()
+        if when_busy not in ("wait", "skip"):
+            raise InvalidError(f"when_busy is {when_busy!r}", hint="'wait' or 'skip'")
+        fields = self._fields(message, step, epoch, metrics, config, environment)
+        is_frozen = matcher(frozen) if frozen else None
+        store.format.check("write")
+
+        def prepare() -> tuple[state_trees.Prepared, dict[str, Any]]:
+            self._settle()
+            ref, _ = self._lineage()
+            claim = self._claim
+            if claim is not None:
+                claim.check()
+            fields["time"] = store.disk.now_ns()
+            attached = None if files is None else file_trees.attached(store.disk, files)
+            return state_trees.prepare(store.grid, state, attached, is_frozen), {
+                "folder": str(self.path),
+                "branch": self.branch_name,
+                "ref": ref,
+                "tip": self._tip and bytes(self._tip),
+                "origin": self._origin and bytes(self._origin),
+                "claim": None if claim is None or claim.released else claim.token,
+                "compression": self._compression(),
+                "fields": fields,
+            }
+
+        with store.operation():
+            if shared.background is None:
+                shared.background = Background(store.grid, store.threads, store.disk.seconds)
+            if self._pending is not None and self._pending.done():
+                self._settle()
+            pending = shared.background.save(
+                begun, when_busy == "wait", prepare, lambda answer: self._delivered(answer, fields)
+            )
+            if not pending.skipped:
+                self._pending = pending
+            return pending
+
+    def _delivered(self, answer: Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Commit | None:
+        """The commit that the writer process made, where this handle stands from now on. Without an
+        answer: the one it made before it died, if it did."""
+        from ckptvcs.background import commit_of, is_of
+
+        made, problem = None, None
+        if answer is not None:
+            try:
+                made = commit_of(answer, fields)
+            except CkptError as error:
+                problem = error
+        if made is None and self._head()[1] not in (None, self._tip):
+            # Like `commit` after an interruption: what became durable is where this handle stands.
+            tip = self.resolve("HEAD")
+            made = tip if is_of(tip, fields) else None
+        with self._mutex:
+            if made is not None:
+                self._tip = self._origin = made.id
+        if problem is not None:
+            raise problem
+        return made
+
+    def _settle(self) -> None:
+        """Wait for this handle's save in flight, and raise what went wrong with it, unless that was done."""
+        pending = self._pending
+        if pending is not None:
+            try:
+                pending.surface()
+            finally:
+                if pending.done():
+                    self._pending = None
 
     def commit_files(
         self,
@@ -483,9 +613,26 @@ class Repo:
     ) -> Commit:
         shared = self._open_shared()
         started = shared.store.disk.seconds()
+        self._settle()
+        fields = self._fields(message, step, epoch, metrics, config, circumstances)
+        with self._mutex, shared.store.operation():
+            if continues and self._origin is None:
+                self._origin = self._tip
+            return self._make(write, fields, started)
+
+    def _fields(
+        self,
+        message: str,
+        step: Any,
+        epoch: Any,
+        metrics: Mapping[str, Any] | None,
+        config: Any,
+        circumstances: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """What a commit records besides its tree and lineage, checked."""
         if not isinstance(message, str):
             raise InvalidError(f"message must be text, not a {type(message).__name__}")
-        fields: dict[str, Any] = {
+        return {
             "author": self.author,
             "message": message,
             "step": commits.checked_step(step),
@@ -494,53 +641,54 @@ class Repo:
             "config": commits.plain_config(config),
             "overrides": {},
             "environment": {
-                **(environment.capture() if shared.config.get("environment") else {}),
+                **(environment.capture() if self.config.get("environment") else {}),
                 **commits.plain_config(circumstances, "environment"),
             },
         }
-        with self._mutex, shared.store.operation():
-            if continues and self._origin is None:
-                self._origin = self._tip
-            ref, parents = self._lineage()
-            if self._claim is not None:
-                self._claim.check()  # and again when the refs move; nothing need be hashed to find it gone
-            with shared.store.writer(self._compression()) as writer:
-                tree, sizes, held = write(writer, self._bases(parents))
-                writer.section("")
-                fields |= {
-                    "tree": tree,
-                    "parents": parents,
-                    "origin": self._origin,
-                    "time": shared.store.disk.now_ns(),
-                    "sizes": sizes,
-                }
-                (id,) = writer.put_objects(Kind.COMMIT, [commits.encode_commit(**fields)])
-                lost = self._free_lost_name(ref, id)
-                stored = sum(tally.stored for tally in writer.tallies.values())
-                publication = Publication(
-                    root=id,
-                    moves=(Move(ref, self._tip, id),),
-                    rescue=Move(lost, None, id),
-                    require=tuple(dict.fromkeys((*parents, *filter(None, [self._origin])))),
-                    time=fields["time"],
-                    who=fields["author"],
-                    why=f"commit: {_shortened(message)}".rstrip(": "),
-                    info={"given": sum(sizes.values()), "stored": stored},
-                    claim=self._claim,
-                )
-                won = False
-                try:
-                    won = writer.publish(publication)
-                finally:
-                    # Also after an interruption: what became durable is where this handle stands.
-                    with contextlib.suppress(CkptError):
-                        if won or self._head()[1] == id:
-                            self._tip = self._origin = id
-                            self._held = id, held
-                tallies = writer.tallies
-            shared.store.catch_up_journal()
-            if not won:
-                raise self._lost_race(ref, lost)
+
+    def _make(
+        self,
+        write: Callable[[Writer, Bases], state_trees.Written],
+        fields: dict[str, Any],
+        started: float,
+    ) -> Commit:
+        """Store a tree and publish its commit, within `Store.operation`. Without a time it is made now."""
+        shared = self._open_shared()
+        ref, parents = self._lineage()
+        if self._claim is not None:
+            self._claim.check()  # and again when the refs move; nothing need be hashed to find it gone
+        with shared.store.writer(self._compression()) as writer:
+            tree, sizes, held = write(writer, self._bases(parents))
+            writer.section("")
+            fields = {"time": shared.store.disk.now_ns()} | fields
+            fields |= {"tree": tree, "parents": parents, "origin": self._origin, "sizes": sizes}
+            (id,) = writer.put_objects(Kind.COMMIT, [commits.encode_commit(**fields)])
+            lost = self._free_lost_name(ref, id)
+            stored = sum(tally.stored for tally in writer.tallies.values())
+            publication = Publication(
+                root=id,
+                moves=(Move(ref, self._tip, id),),
+                rescue=Move(lost, None, id),
+                require=tuple(dict.fromkeys((*parents, *filter(None, [self._origin])))),
+                time=fields["time"],
+                who=fields["author"],
+                why=f"commit: {_shortened(fields['message'])}".rstrip(": "),
+                info={"given": sum(sizes.values()), "stored": stored},
+                claim=self._claim,
+            )
+            won = False
+            try:
+                won = writer.publish(publication)
+            finally:
+                # Also after an interruption: what became durable is where this handle stands.
+                with contextlib.suppress(CkptError):
+                    if won or self._head()[1] == id:
+                        self._tip = self._origin = id
+                        self._held = id, held
+            tallies = writer.tallies
+        shared.store.catch_up_journal()
+        if not won:
+            raise self._lost_race(ref, lost)
         components = {
             name: Component(
                 given=size,
@@ -699,6 +847,8 @@ class Repo:
         """
         from ckptvcs.state import restore as restoring
 
+        if self._pending is not None:
+            self._pending.wait()  # or its commit would be the origin of what is committed after this
         _, tip = self._head()
         if rev is None:
             if tip is None:
@@ -969,6 +1119,8 @@ class Repo:
 
         store = self._store
         if rebuild:
+            if self._shared.background is not None:
+                self._shared.background.close()  # its writer has the repository open
             with self._mutex:
                 try:
                     store.rebuilt = store.rebuild()

@@ -59,23 +59,23 @@ def restore(state: Mapping[str, Any], *, strict: bool = True, **generators: Any)
 
     Returns the generators given, with new keys in place of jax's, which cannot be set.
 
-    Raises StateMismatchError with all differences, and InvalidError for a state that a generator does not
-    take; the generators are as they were then.
+    Raises StateMismatchError with all differences, and InvalidError for what `capture` does not give or a
+    generator does not take; all generators are as they were then.
     """
     found = kit.differences(state, generators)
     if found and strict:
         raise StateMismatchError([], [], found)
     if found:
         _log.warning("random generators are not restored exactly: %s", "; ".join(found))
-        if found[0].startswith("ranks "):
+        if kit.other_processes(state):
             return dict(generators)
     fitting = generators if not found else kit.fitting(state, generators)
     return generators | kit.restore(state, fitting)
 
 
 def state_dict() -> dict[str, Any]:
-    """`capture()`, for a state with this module in it. InvalidError in a group of several processes, whose
-    other states it could not see."""
+    """`capture()`, for a state with this module in it. In a group of several processes InvalidError, since
+    it could not see the others' states; unless all of them save together, as `Autosave` does."""
     return _alone({})
 
 
@@ -103,7 +103,7 @@ class Generators(dict[str, Any]):
     ckpt_last: Final = True
 
     def state_dict(self) -> dict[str, Any]:
-        """`capture` with these generators. InvalidError in a group of several processes."""
+        """`capture` with these generators, as `ckptvcs.rng.state_dict` does it."""
         return _alone(self)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -117,9 +117,9 @@ class Generators(dict[str, Any]):
 
 def _alone(generators: Mapping[str, Any]) -> dict[str, Any]:
     rank, world = distributed.place()
-    if world > 1:
+    if world > 1 and not distributed.together():
         raise InvalidError(
             f"rank {rank} sees its own random generators, and {world} ranks have some",
             hint="call ckptvcs.rng.capture(all_ranks=True) on every rank; put what rank 0 gets in the state",
         )
-    return kit.capture(generators)
+    return kit.capture(generators, all_ranks=world > 1)

@@ -138,8 +138,10 @@ class Builder:
         sizes: logical bytes by component.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, frozen: Callable[[str], bool] | None = None) -> None:
+        """`frozen` says by path which torch tensors carry a witness."""
         self._grid = grid
+        self._frozen = frozen
         # Keys and set elements are never split.
         self._flat = dataclasses.replace(grid, subtree=1 << 62)
         self._errors: list[tuple[str, str]] = []
@@ -506,7 +508,9 @@ class Builder:
             name, scheme, flags, axis, parts = quantized
             head = [name, scheme, flags, axis]
             return Tag(codes.QUANTIZED, [*self._fields(head), self._parts(parts, trail)])
-        return self._tensor(trail, *self._captures.dense(value))
+        frozen = self._frozen is not None and self._frozen(_path(trail))
+        witness = torch_tensors.witness(value) if frozen else None
+        return self._tensor(trail, *self._captures.dense(value, witness))
 
     def _fields(self, fields: Sequence[Any]) -> list[Node]:
         return [Leaf(encode(field)) for field in fields]

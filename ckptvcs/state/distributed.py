@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, Final
 
 from ckptvcs.errors import InvalidError
 
@@ -34,6 +37,25 @@ def refuse_on_other_ranks() -> None:
         )
 
 
+_looking: Final[ContextVar[Any]] = ContextVar("looking", default=None)
+
+
+@contextlib.contextmanager
+def looking_together(group: Any) -> Iterator[None]:
+    """Within, every rank of a process group looks at its state, each leaf in the same order, as a commit
+    does. So a leaf may gather what the ranks have; `gather` goes through that group."""
+    token = _looking.set(group)
+    try:
+        yield
+    finally:
+        _looking.reset(token)
+
+
+def together() -> bool:
+    """Whether all ranks look at their states at this moment."""
+    return _looking.get() is not None
+
+
 def gather(value: Any) -> list[Any] | None:
     """The values of all ranks, on rank 0; None on the others. A collective call: every rank makes it, or
     those that do wait for ever. Without a process group, the one value."""
@@ -42,5 +64,5 @@ def gather(value: Any) -> list[Any] | None:
         return [value]
     rank, world = place()
     found: list[Any] | None = [None] * world if rank == 0 else None
-    group.gather_object(value, found, dst=0)
+    group.gather_object(value, found, dst=0, group=_looking.get())
     return found

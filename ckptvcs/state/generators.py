@@ -85,6 +85,14 @@ def restore(code: int, plain: Any) -> Any:
         raise CorruptionError(f"a stored random generator is impossible: {error}") from None
 
 
+def holds(value: Any, code: int, plain: Any) -> bool:
+    """Whether a value is a generator in the state of a decoded payload."""
+    try:
+        return is_generator(value) and leaf(value) == encode(Tagged(code, encode(plain)))
+    except InvalidError:  # of a class that could not have been stored
+        return False
+
+
 def kind(code: int, plain: Any) -> str:
     """What `restore` gives, as `describe` would call it."""
     if code == codes.RANDOM:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import EllipsisType
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ from ckptvcs.ids import ObjectId
 from ckptvcs.state import paths, torch_tensors
 from ckptvcs.state.interface import ObjectReader
 from ckptvcs.state.materialise import check_framework, memory_for, resolve, target_spec
-from ckptvcs.state.read import Branch, Compound, Loader, Stored, StoredTensor
+from ckptvcs.state.read import Branch, Compound, Loader, Stored, StoredFile, StoredTensor
 from ckptvcs.state.tensors import Place, Raw, Spec, c_strides, raw_dtype, restore_numpy, swap
 
 Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]"
@@ -112,18 +112,28 @@ def opened_tensor(
     path: str,
     framework: str | None,
 ) -> LazyTensor:
-    """The tensor at a path of a tree's state. NotFoundError if there is none; InvalidError if what lies there
-    is no dense tensor."""
+    """The tensor at a path of a tree's state, or at that of a file followed by its own there.
+
+    NotFoundError if there is none; InvalidError if what lies there is no dense tensor.
+    """
     check_framework(framework)
     with opened() as reader:
         loader = Loader(reader)
         root, parts = loader.root(tree)
-        if "state" not in parts:
-            raise NotFoundError("this commit holds files and no state", hint="check out its files instead")
         names = paths.split(path)
-        stored: Stored = loader.node(parts["state"], root, paths.exactly(names))
-        for name in names:
-            stored = _below(stored, name, path)
+        stored: Stored | None = None
+        try:
+            if "state" not in parts:
+                raise NotFoundError(
+                    f"this commit holds files and no state, and in the files no tensor at {path!r}",
+                    hint="such a path is that of a file, and behind it the tensor's in the file",
+                )
+            stored = _walked(loader.node(parts["state"], root, paths.exactly(names)), names, path)
+        except NotFoundError:
+            if "files" in parts:
+                stored = _in_files(lambda part: loader.node(parts["files"], root, paths.exactly(part)), names)
+            if stored is None:
+                raise
         if not isinstance(stored, StoredTensor):
             raise InvalidError(
                 f"{path or 'the state'} is a {stored.kind}, not a dense tensor",
@@ -133,12 +143,34 @@ def opened_tensor(
         return LazyTensor(path, stored, target_spec(path, stored.spec, framework), reader.grid.chunk, opened)
 
 
-def _below(stored: Stored, name: str, path: str) -> Stored:
-    if isinstance(stored, Branch) and not isinstance(stored, Compound):
-        for key, child in zip(stored.keys, stored.children, strict=True):
-            if name in (paths.name(key), key):
-                return child
-    raise NotFoundError(f"there is nothing at {path!r} in this commit", hint="`ckpt ls REV` lists all paths")
+def _in_files(node: Callable[[Sequence[str]], Stored], names: Sequence[str]) -> StoredTensor | None:
+    """The tensor that a path names in a file; None if a folder or file of it is missing, or the tensor."""
+    for end in range(1, len(names)):
+        try:
+            found = _walked(node(names[:end]), names[:end], "")
+        except NotFoundError:
+            return None
+        if isinstance(found, StoredFile):
+            inside = "/".join(names[end:])
+            return next((each.tensor for each in found.tensors if each.name == inside), None)
+    return None
+
+
+def _walked(stored: Stored, names: Sequence[str], path: str) -> Stored:
+    """What lies below, where these names lead."""
+    for name in names:
+        below = None
+        if isinstance(stored, Branch) and not isinstance(stored, Compound):
+            for key, child in zip(stored.keys, stored.children, strict=True):
+                if name in (paths.name(key), key):
+                    below = child
+                    break
+        if below is None:
+            raise NotFoundError(
+                f"there is nothing at {path!r} in this commit", hint="`ckpt ls REV` lists all paths"
+            )
+        stored = below
+    return stored
 
 
 def _normalised(index: Index, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[int, ...]]:

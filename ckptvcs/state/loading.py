@@ -11,7 +11,7 @@ optimizers cast what they load to the dtype of the parameter; that is undone.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from ckptvcs.errors import InvalidError
@@ -48,41 +48,41 @@ class Load:
 
     Attributes:
         path: where it is.
-        last: whether it is loaded behind all others (`interface.Last`).
         handed: what its `load_state_dict` gets; tensors that are filled where they are stand for themselves.
             None if nothing is loaded.
+        last: whether it is loaded behind all others.
+        ask: the object's own answer to what of a state it cannot take, if it has one (`interface.Last`).
     """
 
     def __init__(self, path: str, stored: Stored, target: Any, partial: bool) -> None:
         self.path = path
-        self.last = is_last(target)
         self.handed: Stored | None = stored
         self._stored = stored
         self._target = target
         self._partial = partial
+        self.last = is_last(target)
+        self.ask: Callable[[Any], Sequence[str]] | None = None
+        if self.last:
+            self.ask = getattr(target, "ckpt_differences", None)
+
+    def whole(self, value: Any) -> Any:
+        """What is loaded: the value of `handed`, with `partial` laid over what the object has."""
+        return _merged(self._target.state_dict(), value) if self._partial else value
 
     def run(self, value: Any, strict: bool) -> None:
-        """Load the value of `handed`. With `partial` it is laid over what the object has."""
+        """Load the value of `handed`."""
         if self.last and not strict:
-            self._target.load_state_dict(self._whole(value), strict=False)
+            self._target.load_state_dict(self.whole(value), strict=False)
         else:
-            self._target.load_state_dict(self._whole(value))
-
-    def refused(self, value: Any) -> Sequence[str]:
-        """What of the value of `handed` an object that is loaded last says it cannot take."""
-        ask = getattr(self._target, "ckpt_differences", None)
-        return () if ask is None else ask(self._whole(value))
-
-    def _whole(self, value: Any) -> Any:
-        return _merged(self._target.state_dict(), value) if self._partial else value
+            self._target.load_state_dict(self.whole(value))
 
     def altered(self, chunk: int) -> dict[str, str]:
         """Path -> what the object has made of it, where that is not what was stored.
 
-        Not asked are objects without state_dict(), those that are loaded last, which say themselves what they
-        cannot take, and data loaders, which would start their workers.
+        Not asked are objects without state_dict(), those that have been asked what they cannot take, and data
+        loaders, which would start their workers.
         """
-        if not callable(getattr(self._target, "state_dict", None)):
+        if self.ask is not None or not callable(getattr(self._target, "state_dict", None)):
             return {}
         if torch_objects.is_data_loader(self._target):
             return {}
@@ -329,7 +329,8 @@ class _OptimizerLoad(Load):
         return None if parameter is None else self._target.state.get(parameter)
 
     def run(self, value: Any, strict: bool) -> None:
-        value = self._whole(value)
+        if self._partial:
+            value = _merged(self._target.state_dict(), value)
         if self._plain:  # what it is given was compared with its ids when it was read, and becomes its state
             self._known = set(_pointers(value["state"]))
         self._target.load_state_dict(value)

@@ -14,7 +14,7 @@ import difflib
 import enum
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from ckptvcs.errors import InvalidError, NotFoundError
@@ -229,9 +229,19 @@ def nearest(wanted: str, known: Iterable[str], n: int = 3) -> list[str]:
 
 def matches(pattern: str, path: str) -> bool:
     """Whether `path` lies in what `pattern` selects."""
-    at: Selection | None = Patterns(pattern).start()
-    for component in split(path):
-        if at is None or at.whole:
-            break
-        at = at.step_named(component)
-    return at is not None and at.whole
+    return matcher(pattern)(path)
+
+
+def matcher(only: str | Sequence[str]) -> Callable[[str], bool]:
+    """Tells which paths lie in what a pattern or several select."""
+    start = Patterns(only).start()
+
+    def selected(path: str) -> bool:
+        at: Selection | None = start
+        for component in split(path):
+            if at is None or at.whole:
+                break
+            at = at.step_named(component)
+        return at is not None and at.whole
+
+    return selected

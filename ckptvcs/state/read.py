@@ -817,8 +817,8 @@ _CONTAINERS: Final = frozenset(
         codes.NAMESPACE,
         codes.SIMPLE_NAMESPACE,
         codes.DATACLASS,
-        codes.TORCH_SUBCLASS,
         codes.TENSOR_FILE,
+        codes.TORCH_SUBCLASS,
     )
 )
 

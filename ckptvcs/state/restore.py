@@ -163,8 +163,8 @@ class _Plan:
         self._values: list[tuple[str, Stored, _Set]] = []
         self._rebuilds: list[Callable[[], None]] = []
         self._loads: list[Load] = []
-        self._generators: list[tuple[str, Stored, _Set]] = []
         self._memory: dict[Any, StoredTensor] = {}
+        self._generators: list[tuple[str, Stored, _Set]] = []
 
     def match(self, stored: Stored, target: Any, path: str, put: _Set | None) -> None:
         """Find the place of a stored node in `target`, which `put` replaces."""
@@ -424,11 +424,12 @@ class _Plan:
     def ask_last(self, reader: ObjectReader) -> None:
         """Ask those who are loaded last what they cannot take. What is stored for them is small."""
         for load in self._loads:
-            if load.last and load.handed is not None:
-                (value,) = Materialiser(reader).values([(load.path, load.handed)])
-                for difference in load.refused(value):
-                    below = paths.join(load.path, difference)
-                    self.mismatched[below] = below
+            if load.ask is None or load.handed is None:
+                continue
+            (value,) = Materialiser(reader).values([(load.path, load.handed)])
+            for difference in load.ask(load.whole(value)):
+                below = paths.join(load.path, difference)
+                self.mismatched[below] = below
 
     # -- doing it ---------------------------------------------------------------------------------
 
@@ -455,17 +456,17 @@ class _Plan:
             put(found.popleft())
         for rebuild in reversed(self._rebuilds):  # inner tuples were noted after the outer ones
             rebuild()
-        given = [(load, found.popleft()) for load, _ in loads]
+        values = [found.popleft() for _ in loads]
         altered = _overwritten(self._fills, reader.grid.chunk)
-        for load, value in given:
-            if not load.last:
-                load.run(value, strict)
-                altered |= load.altered(reader.grid.chunk)
-        for _, _, set_state in self._generators:
-            set_state(found.popleft())
-        for load, value in given:
-            if load.last:
-                load.run(value, strict)
+        for last in (False, True):
+            for at, (load, _) in enumerate(loads):
+                if load.last is last:
+                    value, values[at] = values[at], None
+                    load.run(value, strict)
+                    altered |= load.altered(reader.grid.chunk)
+            if not last:
+                for _, _, set_state in self._generators:
+                    set_state(found.popleft())
         leftover = {path: found.popleft() for path in spare}
         return Filled(leftover, tuple(self.missing), tuple(self.unexpected), altered)
 

@@ -38,8 +38,10 @@ def capture(given: Mapping[str, Any], *, all_ranks: bool = False) -> dict[str, A
 
 
 def differences(state: Any, given: Mapping[str, Any]) -> list[str]:
-    """What of a captured state could not be restored here, and what here has none: paths with the reason."""
-    return list(_differences(state, given))
+    """What of a captured state could not be restored here, and what here has none: paths with the reason.
+    InvalidError for what is no captured state."""
+    elsewhere = other_processes(state)
+    return [f"ranks ({elsewhere})"] if elsewhere else list(_differences(_own(state), given))
 
 
 def fitting(state: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def restore(state: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             if jax_keys.is_key(value):
                 result[name] = jax_keys.restored(stored[name])
     here = {"python": _python(), "numpy": _numpy()}
-    parts = [(part, mine[part]) for part in here if part in mine and _kind(mine[part]) == _kind(here[part])]
+    parts = [(part, mine[part]) for part in here if _kind(mine[part]) == _kind(here[part])]
     if "torch" in mine:
         torch_random.restore(mine["torch"])  # all of it or nothing
     for part, value in parts:
@@ -128,16 +130,9 @@ def _kind(value: Any) -> str:
     return generators.describe(value)
 
 
-def _differences(state: Any, given: Mapping[str, Any]) -> Iterator[str]:
-    try:
-        mine = _own(state)
-    except InvalidError as error:
-        yield f"ranks ({error})"
-        return
+def _differences(mine: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
     for part, here in (("python", _python()), ("numpy", _numpy())):
-        if part not in mine:
-            yield f"{part} (not stored)"
-        elif _kind(mine[part]) != _kind(here):
+        if _kind(mine[part]) != _kind(here):
             yield f"{part} ({_kind(mine[part])} stored, {_kind(here)} here)"
     if "torch" in mine:
         yield from (f"torch/{difference}" for difference in torch_random.differences(mine["torch"]))
@@ -154,18 +149,18 @@ def _differences(state: Any, given: Mapping[str, Any]) -> Iterator[str]:
 # -- several processes ----------------------------------------------------------------------------
 
 
+def other_processes(state: Any) -> str | None:
+    """How many processes a state was captured in and how many there are, if these differ; else None."""
+    _, world = distributed.place()
+    stored = len(state["ranks"]) if isinstance(state, Mapping) and "ranks" in state else 1
+    return None if stored == world else f"the generators of {stored} process(es) stored, {world} run here"
+
+
 def _own(state: Any) -> Mapping[str, Any]:
-    """This process's part of a captured state. InvalidError if it was captured by another number of them."""
-    if not isinstance(state, Mapping) or not ("ranks" in state or "python" in state):
-        raise InvalidError("this is no state of random generators", hint="ckptvcs.rng.capture makes one")
-    rank, world = distributed.place()
-    stored = len(state["ranks"]) if "ranks" in state else 1
-    if stored != world:
-        raise InvalidError(
-            f"the random states of {stored} process(es) are stored, and {world} run(s) here",
-            hint="resume with as many; there is no exact resume with another number",
-        )
-    mine = state["ranks"][rank] if "ranks" in state else state
-    if not isinstance(mine, Mapping):
+    """This process's part of a captured state. InvalidError for what is none."""
+    mine = state
+    if isinstance(state, Mapping) and "ranks" in state:
+        mine = state["ranks"][distributed.place()[0]]
+    if not isinstance(mine, Mapping) or not mine.keys() >= {"python", "numpy"}:
         raise InvalidError("this is no state of random generators", hint="ckptvcs.rng.capture makes one")
     return mine

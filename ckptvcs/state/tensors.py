@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -194,9 +194,14 @@ def swap(memory: memoryview, size: int) -> None:
 
 
 class ArraySource:
-    """The bytes of an array: a view of its memory if that is in order, else gathered piece by piece."""
+    """The bytes of an array: a view of its memory if that is in order, else gathered piece by piece.
 
-    def __init__(self, raw: Raw, element_size: int, swapped: int = 0) -> None:
+    Attributes:
+        witness: as long as it is the same, so are the bytes. None says nothing.
+    """
+
+    def __init__(self, raw: Raw, element_size: int, swapped: int = 0, witness: Hashable = None) -> None:
+        self.witness = witness
         self._raw = raw
         self._swapped = swapped
         self._flat = bytes_of(raw) if raw.flags.c_contiguous and not swapped else None
@@ -215,6 +220,30 @@ class ArraySource:
         if self._swapped:
             swap(flat, self._swapped)
         return flat[offset - first * item :][:length]
+
+    @property
+    def item(self) -> int:
+        """Bytes of one element of memory."""
+        return self._raw.itemsize
+
+    @property
+    def memory(self) -> Hashable:
+        """Which memory this is, and how it is read: equal for sources of the same bytes, while both live."""
+        raw = self._raw
+        place = raw.__array_interface__["data"][0], raw.nbytes, self._swapped
+        return place if self._flat is not None else (*place, raw.itemsize, raw.shape, raw.strides)
+
+    def fill(self, out: Raw, offset: int) -> None:
+        """Copy the bytes from `offset`, a multiple of `item`, to all of `out` (flat, uint8, a multiple of
+        `item` long). Releases the GIL where there is much to copy."""
+        if self._flat is not None:
+            out[:] = np.frombuffer(self._flat, np.uint8)[offset : offset + len(out)]
+            return
+        item = self._raw.itemsize
+        first, count = offset // item, len(out) // item
+        _gather(self._raw, first, first + count, out.view(self._raw.dtype))
+        if self._swapped:
+            swap(out.data, self._swapped)
 
 
 class BytesSource:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -93,18 +93,18 @@ class Captures:
         self._stand_ins: dict[tuple[str, int], Raw] = {}
         self._settled: set[str] = set()
 
-    def dense(self, tensor: Any) -> Captured:
-        """A strided tensor, not read yet."""
+    def dense(self, tensor: Any, witness: Hashable = None) -> Captured:
+        """A strided tensor, not read yet. `witness` is its source's (`ArraySource.witness`)."""
         spec = torch_tensors.spec_of(tensor)
         size = unit(spec.dtype, spec.item)
         plain = torch_tensors.resolved(tensor)
         if on_host(plain):
             raw = torch_tensors.host_memory(plain)
-            return Captured(spec, raw, ArraySource(raw, size))
+            return Captured(spec, raw, ArraySource(raw, size, witness=witness))
         if str(plain.device) not in self._settled:
             self._settled.add(str(plain.device))
             settle(plain.device)
-        return Captured(spec, self._stand_in(plain), DeviceSource(plain, size, self._staging))
+        return Captured(spec, self._stand_in(plain), DeviceSource(plain, size, self._staging, witness))
 
     def _stand_in(self, plain: Any) -> Raw:
         storage = plain.untyped_storage()
@@ -126,11 +126,12 @@ def as_target(tensor: Any) -> tuple[Spec, Raw] | None:
 class DeviceSource:
     """The bytes of a tensor on a device, in C order and little endian. Thread-safe."""
 
-    def __init__(self, tensor: Any, element_size: int, staging: Staging) -> None:
+    def __init__(self, tensor: Any, element_size: int, staging: Staging, witness: Hashable = None) -> None:
         self._elements = _Elements(tensor)
         self._staging = staging
         self.nbytes: int = tensor.numel() * tensor.element_size()
         self.element_size = element_size
+        self.witness = witness
 
     def read(self, offset: int, length: int) -> Buffer:
         """Bytes [offset, offset + length), on the host."""

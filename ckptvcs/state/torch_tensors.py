@@ -177,6 +177,23 @@ def view_of(plain: Any, storage: Raw) -> Raw:
     )
 
 
+def witness(tensor: Any) -> Hashable:
+    """What is the same again as long as nothing that torch counts has written to the tensor; None if torch
+    does not count for it.
+
+    Writes through `.data`, through a numpy view, and by foreign code go uncounted.
+    """
+    try:
+        version = tensor._version
+    except RuntimeError:  # made in inference mode
+        return None
+    storage = tensor.untyped_storage()
+    # A weak reference keeps the storage's identity from being given to another, and not its memory.
+    identity = loaded().multiprocessing.reductions.StorageWeakRef(storage)
+    view = (tensor.data_ptr(), storage.nbytes(), tuple(tensor.stride()), tuple(tensor.shape))
+    return identity, version, view, tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
 def sparse(tensor: Any) -> tuple[str, int, dict[str, Any]] | None:
     """(layout, flags, components) of a sparse tensor; None for any other."""
     layout = name_of(tensor.layout)

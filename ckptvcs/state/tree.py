@@ -35,7 +35,7 @@ from ckptvcs.state.read import (
     StoredTensor,
     StoredTorch,
 )
-from ckptvcs.store.format import GRIDS
+from ckptvcs.store.format import GRIDS, Grid
 from ckptvcs.store.hints import Hint
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "Folder",
     "LinkContent",
     "Parts",
+    "Prepared",
     "StoredFile",
     "StoredLink",
     "Written",
@@ -53,9 +54,11 @@ __all__ = [
     "files",
     "load",
     "parts",
+    "prepare",
     "read",
     "refuse_deep",
     "sizes",
+    "store",
     "write",
 ]
 
@@ -87,8 +90,22 @@ def refuse_deep(follow: Callable[_P, _R]) -> Callable[_P, _R]:
     return guarded
 
 
+class Prepared(NamedTuple):
+    """A tree whose content is not stored yet. All of it but the content is a copy.
+
+    Attributes:
+        nodes: the node of each part: "state", "files".
+        contents: what has to be stored and what it is, by component, in order.
+        sizes: as in `Written`.
+    """
+
+    nodes: dict[str, Node]
+    contents: dict[str, list[tuple[Place, Content]]]
+    sizes: dict[str, int]
+
+
 class Written(NamedTuple):
-    """What `write` made.
+    """What `store` made.
 
     Attributes:
         tree: id of the root tree.
@@ -102,28 +119,40 @@ class Written(NamedTuple):
 
 
 @refuse_deep
-def write(
-    writer: ObjectWriter, state: Any = ABSENT, files: Folder | None = None, bases: Bases | None = None
-) -> Written:
-    """Store a state, files, or both, as one tree.
+def prepare(
+    grid: Grid,
+    state: Any = ABSENT,
+    files: Folder | None = None,
+    frozen: Callable[[str], bool] | None = None,
+) -> Prepared:
+    """A state, files, or both, looked at and not stored. Numbers, text and tensors small enough to live in
+    the tree are copied; larger memory is referred to, and read when the sources of `contents` are.
 
-    What lies at the same place in `bases` may serve to store it smaller.
-
-    The state's memory is read while this runs and must not change. Up to
-    `build.MAX_COMPONENTS` top-level entries are a component each; of a longer dict only those that
+    Up to `build.MAX_COMPONENTS` top-level entries are a component each; of a longer dict only those that
     are containers, and the rest share the component "". A state that is no dict is one component "".
 
-    Raises:
-        UnsupportedStateError: lists all leaves that cannot be stored. Nothing has been written then.
+    `frozen` names tensors that carry a witness (`ArraySource.witness`).
+
+    UnsupportedStateError lists all leaves that cannot be stored.
     """
-    builder = Builder(writer.grid)
-    built: dict[str, Node] = {}
+    builder = Builder(grid, frozen)
+    nodes: dict[str, Node] = {}
     if state is not ABSENT:
-        built["state"] = builder.state(state)
+        nodes["state"] = builder.state(state)
     if files is not None:
-        built["files"] = builder.files(files)
+        nodes["files"] = builder.files(files)
+    sizes = {name: size for name, size in builder.sizes.items() if name or size}
+    return Prepared(nodes, builder.contents, sizes)
+
+
+@refuse_deep
+def store(writer: ObjectWriter, prepared: Prepared, bases: Bases | None = None) -> Written:
+    """Store a prepared tree. What lies at the same place in `bases` may serve to store it smaller.
+
+    The memory behind it is read while this runs and must not change. Its sources are gone afterwards.
+    """
     held: dict[str, Held] = {}
-    for component, contents in builder.contents.items():
+    for component, contents in prepared.contents.items():
         if contents:
             writer.section(component)
             held |= _store(writer, contents, bases)
@@ -131,19 +160,25 @@ def write(
     trees = Trees(writer)
     context = Context(trees)
     encoded = []
-    for name, node in built.items():
+    for name, node in prepared.nodes.items():
         node.weigh(trees.grid)
         encoded.append((encode(name), node.emit(context)))
     root = trees.put(Kind.TREE, context.references, encoded_tag(codes.ROOT, encoded_map(encoded)))
     trees.flush()
-    sizes = {name: size for name, size in builder.sizes.items() if name or size}
-    return Written(root, sizes, held)
+    return Written(root, prepared.sizes, held)
+
+
+def write(
+    writer: ObjectWriter, state: Any = ABSENT, files: Folder | None = None, bases: Bases | None = None
+) -> Written:
+    """`prepare` and `store` in one. UnsupportedStateError comes before anything is written."""
+    return store(writer, prepare(writer.grid, state, files), bases)
 
 
 @refuse_deep
 def check(state: Any) -> None:
     """UnsupportedStateError, listing all leaves, if `write` would refuse the state. Stores nothing."""
-    Builder(GRIDS[1]).state(state)  # any grid does: what can be stored does not depend on it
+    prepare(GRIDS[1], state)  # any grid does: what can be stored does not depend on it
 
 
 def _store(

@@ -79,7 +79,7 @@ def take(
     disk: Disk, layout: Layout, index: Index, ref: str, holder: Mapping[str, Any], *, steal: bool = False
 ) -> Claim:
     """Claim a ref. LockedError (code "claimed") naming the living claimant, unless `steal`."""
-    shown = ref.removeprefix("refs/heads/")
+    shown = _shown(ref)
     path = layout.claim(ref)
     token = random_name() + random_name()
     content = json.dumps({"token": token, **holder}).encode()
@@ -100,6 +100,15 @@ def take(
         with index.change():
             _write(lock, content)
     return Claim(disk, path, token, shown, lock)
+
+
+def standing(disk: Disk, layout: Layout, ref: str, token: str) -> Claim:
+    """The claim with this token, which another process took."""
+    return Claim(disk, layout.claim(ref), token, _shown(ref), None)
+
+
+def _shown(ref: str) -> str:
+    return ref.removeprefix("refs/heads/")
 
 
 def _write(lock: Lock, content: bytes) -> None:

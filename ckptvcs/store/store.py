@@ -301,6 +301,10 @@ class Store:
         """
         return claims.take(self.disk, self.layout, self.index, ref, holder, steal=steal)
 
+    def standing_claim(self, ref: str, token: str) -> Claim:
+        """A claim that another process took, to be checked and no more."""
+        return claims.standing(self.disk, self.layout, ref, token)
+
     def _pool(self) -> ThreadPoolExecutor:
         with self._pool_mutex:
             if self._executor is None:

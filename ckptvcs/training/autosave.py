@@ -139,7 +139,7 @@ class Autosave:
         try:
             with self._together():
                 if self._ranks.agreeing:
-                    _walk(state)
+                    self._look()
                 if self._writes:
                     self._claim = repo.claim(steal=steal)
                     repo.check_commit(None if self._ranks.agreeing else state, config=config)
@@ -391,17 +391,23 @@ class Autosave:
         """Begin a save. None is under way."""
         self._saved_step = wanted.step
         if not self._writes:
-            _walk(self._state)  # a state_dict() may be a collective
+            self._look()
             return
         metrics = plain_metrics(wanted.metrics)
         value = metrics.get(self._metric) if self._metric else None
-        self._saver.begin(
-            Wanted(wanted.step, why, wanted.epoch, metrics, None if value is None else float(value)),
-            self._record(why),
-        )
+        value = None if value is None else float(value)
+        with self._ranks.looking():
+            self._saver.begin(Wanted(wanted.step, why, wanted.epoch, metrics, value), self._record(why))
         self._saved_at, self._work = self._disk.seconds(), 0.0
         if not self._ranks.agreeing:  # else at the next step, where all ranks learn of an error
             self._take(self._saver.finished(wait=False))
+
+    def _look(self) -> None:
+        """Look at the state as a commit does, together with all ranks, and store nothing."""
+        from ckptvcs.state import tree as state_trees
+
+        with self._ranks.looking():
+            state_trees.check(self._state)
 
     def _record(self, why: str) -> dict[str, Any]:
         """What goes into a commit's environment: for people, for retention, for the next process."""
@@ -618,13 +624,6 @@ def _monitor(repo: Repo, metric: str, mode: str | None, patience: int | None, mi
 
 
 # -- small questions --------------------------------------------------------------------------------
-
-
-def _walk(state: Any) -> None:
-    """Look at a state as a commit does, without storing it: its `state_dict()` may be a collective."""
-    from ckptvcs.state import tree as state_trees
-
-    state_trees.check(state)
 
 
 def _may_pass(error: Exception) -> bool:

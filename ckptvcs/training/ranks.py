@@ -8,11 +8,14 @@ device. Never imports torch: without it, or in a job of one process, all of this
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from ckptvcs.errors import InvalidError
+from ckptvcs.state.distributed import looking_together, place
 
 _PATIENCE: Final = datetime.timedelta(minutes=30)
 """How long ranks wait for each other: torch's own default."""
@@ -46,15 +49,12 @@ class Ranks:
 
     def __init__(self, *, agree: bool) -> None:
         """With `agree` and more than one rank this waits until all have come here."""
-        self.rank, self.size = 0, 1
         self.agreeing = False
         self._group: Any = None
-        distributed = _distributed()
-        if distributed is None:
-            return
-        self.rank, self.size = int(distributed.get_rank()), int(distributed.get_world_size())
+        self.rank, self.size = place()
         if not agree or self.size == 1:
             return
+        distributed = sys.modules["torch"].distributed
         try:
             self._group = distributed.new_group(backend="gloo", timeout=_START)
             distributed.barrier(group=self._group)
@@ -78,17 +78,19 @@ class Ranks:
         work.wait(_PATIENCE)
         return Flags(*map(int, flags.tolist()))
 
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Within, all ranks look at their states: a `state_dict()` may be a collective."""
+        with looking_together(self._group) if self.agreeing else contextlib.nullcontext():
+            yield
+
     def close(self) -> None:
-        """Agree no more. The group itself ends with the process group."""
+        """Agree no more, and end the group."""
+        group, self._group = self._group, None
         self.agreeing = False
-        self._group = None
-
-
-def _distributed() -> Any:
-    distributed = getattr(sys.modules.get("torch"), "distributed", None)
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return None
-    return distributed
+        distributed = sys.modules["torch"].distributed if group is not None else None
+        if distributed is not None and distributed.is_initialized():
+            distributed.destroy_process_group(group)
 
 
 def _line(error: BaseException) -> str:

@@ -103,7 +103,10 @@ class Saver:
         }
         pending: Pending
         try:
-            pending = _Over(self._repo.commit(self._state, **arguments))
+            if self._blocking:
+                pending = _Over(self._repo.commit(self._state, **arguments))
+            else:
+                pending = self._repo.commit_async(self._state, **arguments)
         except Exception as error:  # noqa: BLE001 - raised when the outcome is taken out
             pending = _Over(error)
         self._under_way = wanted, pending, self._repo.disk.seconds() - began

@@ -15,15 +15,17 @@ import ckptvcs
 PACKAGE = Path(ckptvcs.__file__).parent
 
 LAYERS = (
-    {"errors", "ids", "canonical", "disk", "config"},
+    {"errors", "ids", "canonical", "disk", "companion", "config"},
     {"store"},
     {"state"},
     {"history"},  # may import state; state never imports it
     {"maintenance"},
     {"rng"},  # a leaf of states, public by itself
     {"opening"},
+    {"background"},
     {"repo"},
     {"training"},
+    {"saver"},  # runs in a process of its own, which `background` starts by this name
     {"cli"},
 )
 """From the bottom up; a layer may import itself and what is below it."""
@@ -33,6 +35,7 @@ BOTTOM = {
     "ids": set[str](),
     "canonical": {"ids"},
     "disk": {"errors", "ids"},
+    "companion": {"errors"},
     "config": {"errors"},
 }
 """What the modules of the lowest layer may import of each other."""
@@ -49,11 +52,14 @@ OWNERS = {
     "click": ["cli/"],
     "rich": ["cli/"],
     "numpy": ["state/", "store/planes.py", "store/difference.py", "store/choice.py"],
-    "os": ["disk.py"],
+    "os": ["disk.py", "companion.py"],  # files; processes and the memory they share
     "fcntl": ["disk.py"],
-    "mmap": ["disk.py"],
+    "mmap": ["disk.py", "companion.py"],
     "shutil": ["disk.py", "cli/output.py"],  # there for the width of the terminal
-    "tempfile": ["disk.py"],
+    "tempfile": ["disk.py", "companion.py"],
+    "subprocess": ["companion.py", "history/environment.py"],  # there to ask git
+    "socket": ["companion.py"],
+    "signal": ["companion.py"],
     "hypothesis": ["testing/strategies.py"],
 }
 """Each library and each door to the operating system has one owner; `testing` doubles those doors."""
@@ -74,6 +80,7 @@ PUBLIC = [
     "NoRepositoryError",
     "NotFoundError",
     "ObjectId",
+    "PendingCommit",
     "Repo",
     "Restored",
     "StateMismatchError",
@@ -306,7 +313,7 @@ def test_public_names() -> None:
 
 def test_the_methods_of_a_repository_are_those_promised() -> None:
     promised = ["init", "open", "on", "close", "commit", "checkout", "restore", "resolve", "log", "branch"]
-    promised += ["branches", "delete_branch", "tag", "gc", "fsck"]
+    promised += ["commit_async", "branches", "delete_branch", "tag", "gc", "fsck"]
     assert set(promised) <= set(dir(ckptvcs.Repo))
 
 

@@ -189,24 +189,6 @@ def files() -> tree.Folder:
     }
 
 
-class Marked(torch.Tensor):
-    """A user's tensor."""
-
-
-def later() -> dict[str, Any]:
-    """What got codes of its own after the first."""
-    data = torch.arange(3, dtype=torch.float32)
-    marked: Any = torch.nn.Parameter(data.clone()).detach().as_subclass(Marked)
-    marked.scale = 0.5
-    parts = {"a": data.clone(), "b": data + 1}
-    return {
-        "counter": collections.Counter({"x": 2, 5: 1}),
-        "constants": [torch.sparse_csr, torch.channels_last, torch.per_channel_affine],
-        "subclass": marked,
-        "stand-in": TensorSubclassValue("somewhere:Pair", (3,), 2, parts, {"axis": 0}),
-    }
-
-
 def tensor_files() -> tree.Folder:
     """Files in which tensors lie: two and a few, and so many that they become pages."""
 
@@ -230,14 +212,32 @@ def tensor_files() -> tree.Folder:
     }
 
 
+class Marked(torch.Tensor):
+    """A user's tensor."""
+
+
+def later() -> dict[str, Any]:
+    """What got codes of its own after the first."""
+    data = torch.arange(3, dtype=torch.float32)
+    marked: Any = torch.nn.Parameter(data.clone()).detach().as_subclass(Marked)
+    marked.scale = 0.5
+    parts = {"a": data.clone(), "b": data + 1}
+    return {
+        "counter": collections.Counter({"x": 2, 5: 1}),
+        "constants": [torch.sparse_csr, torch.channels_last, torch.per_channel_affine],
+        "subclass": marked,
+        "stand-in": TensorSubclassValue("somewhere:Pair", (3,), 2, parts, {"axis": 0}),
+    }
+
+
 FILES = {"files": files, "tensor files": tensor_files}
 STATES = {
     "leaves": leaves,
     "arrays": arrays,
     "tensors": tensors,
     "split": split,
-    "generators": generators,
     "later": later,
+    "generators": generators,
 }
 
 

@@ -11,12 +11,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ckptvcs import CorruptionError, InvalidError, Repo
+from ckptvcs import CorruptionError, InvalidError, NotFoundError, Repo
 from ckptvcs.disk import Disk
 from ckptvcs.ids import Kind, chunk_id
 from ckptvcs.state import files, tree
 from ckptvcs.state.bases import Bases
+from ckptvcs.state.formats.layout import File, TensorSource
 from ckptvcs.store.format import GRIDS
 from ckptvcs.testing.memory import MemoryStore
 from tests.unit.checkpoint_files import (
@@ -338,3 +341,78 @@ def test_a_damaged_chunk_is_noticed(made: dict[str, bytes], tmp_path: Path) -> N
             files.contents(store, written.tree)
         store.records[key] = kept
     assert files.contents(store, written.tree) == {"f": made["state.pt"]}
+
+
+# -- any tensors ----------------------------------------------------------------------------------
+
+DTYPES = ("float32", "bfloat16", "float64", "int8", "complex64", "float8_e5m2", "bool")
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Any:
+    """A tensor of any layout: permuted, sliced, expanded, with others in its storage or not."""
+    shape = draw(st.lists(st.integers(0, 6), min_size=0, max_size=4))
+    seed = draw(st.integers(0, 1 << 16))
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.randint(0, 2, shape, generator=generator).to(getattr(torch, draw(st.sampled_from(DTYPES))))
+    for axis in range(found.dim()):
+        way = draw(st.sampled_from(["as is", "as is", "turn", "cut", "step", "expand"]))
+        if way == "turn":
+            found = found.transpose(axis, draw(st.integers(0, found.dim() - 1)))
+        elif way == "cut" and found.shape[axis]:
+            found = found.narrow(axis, draw(st.integers(0, found.shape[axis] - 1)), 1)
+        elif way == "step":
+            found = found[(slice(None),) * axis + (slice(None, None, 2),)]
+        elif way == "expand" and found.shape[axis] == 1:
+            found = found.expand([-1] * axis + [3] + [-1] * (found.dim() - axis - 1))
+    return found
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, print_blob=True)
+@given(values=st.lists(tensors(), min_size=1, max_size=5), again=st.lists(st.integers(0, 4), max_size=3))
+def test_any_tensors_of_torch_are_found_as_a_state_has_them(values: list[Any], again: list[int]) -> None:
+    """Each of them gives the bytes that a commit of the state would store; parts share no byte."""
+    state = {"x": values, "again": [values[at % len(values)] for at in again]}
+    data = saved(state)
+    found = layout_of(data)
+    assert found is not None
+    by_name = {tensor.name: tensor for tensor in found.tensors}
+    file = File(len(data), lambda offset, length: data[offset : offset + length])
+    wanted = {f"x/{at}": value for at, value in enumerate(values)}
+    wanted |= {f"again/{at}": value for at, value in enumerate(state["again"])}
+    assert by_name.keys() == wanted.keys()
+    for name, value in wanted.items():
+        tensor = by_name[name]
+        plain = torch.empty(value.shape, dtype=value.dtype).copy_(value)
+        assert (tensor.spec.dtype, tensor.spec.shape) == (str(value.dtype)[6:], tuple(value.shape))
+        got = bytes(TensorSource(file, tensor).read(0, tensor.spec.nbytes))
+        assert got == bytes(plain.untyped_storage()), name
+    covered = sum(part.spec.nbytes for part in found.parts)
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in values}
+    assert covered == sum(storages.values())
+
+
+# -- reading a tensor out of a committed file -----------------------------------------------------
+
+
+def test_slices_of_a_files_tensor_are_read_without_the_rest(repo: Repo, tmp_path: Path) -> None:
+    array, tensor = numbers(1, 30, 40), torch.randn(4, 8, 8, 8).to(memory_format=torch.channels_last)
+    (tmp_path / "500").mkdir()
+    (tmp_path / "500" / "a.npz").write_bytes(npz(w=np.asfortranarray(array.astype(">f4")), **{"x/y": array}))
+    (tmp_path / "500" / "b.pt").write_bytes(saved({"model": {0: tensor}}))
+    files = {"500": tmp_path / "500"}
+    repo.commit_files(files)
+    assert np.array_equal(repo.open_tensor("main", "500/a.npz/w")[3:5, ::2], array[3:5, ::2])
+    assert np.array_equal(repo.open_tensor("main", r"\s500/a.npz/x\/y")[...], array)
+    found = repo.open_tensor("main", "500/b.pt/model/0")
+    assert (found.dtype, found.shape) == ("float32", (4, 8, 8, 8))
+    assert torch.equal(found[1], tensor[1])
+    for path in ("500/a.npz/z", "500/b.pt", "500", "600/a.npz/w", "500/b.pt/model", "", "500/a.npz/w/0"):
+        with pytest.raises(NotFoundError, match="no tensor"):
+            repo.open_tensor("main", path)
+    repo.commit({"w": array}, files=files)
+    assert np.array_equal(repo.open_tensor("main", "500/a.npz/w")[...], array)
+    assert np.array_equal(repo.open_tensor("main", "w")[...], array)
+    with pytest.raises(NotFoundError, match="nothing at"):
+        repo.open_tensor("main", "500/a.npz/z")

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from ckptvcs import Repo
 from ckptvcs.disk import Disk
 from ckptvcs.state import files, tree
+from ckptvcs.state.formats import layout
 from ckptvcs.state.formats.layout import File, Layout, Tensor, TensorSource
 from ckptvcs.testing.memory import MemoryStore
 from tests.unit.checkpoint_files import layout_of, npy, npz, numbers, safetensors, saved, torch, zipped
@@ -387,3 +388,28 @@ def test_a_tensor_says_how_it_lies() -> None:
     (tensor,) = found.tensors
     assert isinstance(tensor, Tensor)
     assert (tensor.order, tensor.extent) == ([0, 2, 1], 80)
+
+
+def test_tensors_that_are_not_in_c_order_share_the_memory_they_may_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arrays = {str(at): np.asfortranarray(numbers(at, 20, 50)) for at in range(5)}
+    data = npz(**arrays)
+    found = layout_of(data)
+    assert found is not None
+    reads: list[int] = []
+
+    def read(offset: int, length: int) -> bytes:
+        reads.append(length)
+        return data[offset : offset + length]
+
+    sources = [TensorSource(File(len(data), read), tensor) for tensor in found.tensors]
+    monkeypatch.setattr(layout, "_HELD", 9000)  # two of them
+    for source in sources:
+        source.read(0, 10)
+    assert [source._whole is not None for source in sources] == [False, False, False, True, True]
+    for source, array in zip(sources, arrays.values(), strict=True):
+        assert bytes(source.read(100, 3900)) == array.tobytes()[100:]
+    assert all(length == 4000 for length in reads)
+    sources[-1].read(0, 100)
+    assert sources[-1]._whole is None, "every byte has been given"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
@@ -30,6 +32,9 @@ MAX_TENSORS: Final = 1 << 17
 
 MAX_NAME: Final = 4096
 """Characters in a tensor's path, which becomes a key in a tree."""
+
+_HELD: Final = 512 << 20
+"""Bytes of tensors that are kept in memory, in all, because they are not in C order in their files."""
 
 Plain: TypeAlias = "bool | int | float | str | None"
 
@@ -139,14 +144,15 @@ def _is_c_order(shape: Sequence[int], strides: Sequence[int], item: int) -> bool
 class TensorSource:
     """The bytes of a file's tensor in C order and little endian, as the same tensor in a state has them.
 
-    A tensor in C order is read where it is asked for. Of any other, all of its extent is read and kept until
-    every byte has been given once. Thread-safe (`ckptvcs.state.interface.Source`).
+    A tensor in C order is read where it is asked for. Of any other, all of its extent is read, and kept until
+    every byte has been given once or others need the room. Thread-safe (`ckptvcs.state.interface.Source`).
     """
 
     def __init__(self, file: File, tensor: Tensor) -> None:
         self._file = file
         self._tensor = tensor
-        self._mutex = ThreadLock()
+        # Forks look at every lock, and a file may have many tensors.
+        self._mutex = None if tensor.strides is None else ThreadLock()
         self._whole: ArraySource | None = None
         self._left = tensor.spec.nbytes
         self.nbytes = tensor.spec.nbytes
@@ -154,8 +160,10 @@ class TensorSource:
 
     def read(self, offset: int, length: int) -> Buffer:
         """Bytes [offset, offset + length). EOFError if the file has become shorter."""
-        if self._tensor.strides is not None:
-            return self._from_whole(offset, length)
+        if self._mutex is not None:
+            with self._mutex:
+                source = self._whole_tensor(length)
+            return source.read(offset, length)
         size = self._tensor.spec.swap
         if not size:
             return self._bytes(self._tensor.offset + offset, length)
@@ -172,18 +180,33 @@ class TensorSource:
             raise EOFError(f"{self._tensor.name}: the file ends before byte {offset + length}")
         return data
 
-    def _from_whole(self, offset: int, length: int) -> Buffer:
-        with self._mutex:
-            if self._whole is None:
-                spec = self._tensor.spec
-                data = self._bytes(self._tensor.offset, self._tensor.extent)
-                raw: Raw = np.ndarray(
-                    spec.shape, raw_dtype(spec.item), np.frombuffer(data, np.uint8), 0, self._tensor.strides
-                )
-                self._whole = ArraySource(raw, self.element_size, spec.swap)
-                self._left = spec.nbytes
-            source = self._whole
-            self._left -= length
-            if self._left <= 0:
-                self._whole = None
-        return source.read(offset, length)
+    def _whole_tensor(self, wanted: int) -> ArraySource:
+        """The whole tensor in memory, of which so many bytes will be given now."""
+        source = self._whole
+        if source is None:
+            spec = self._tensor.spec
+            data = np.frombuffer(self._bytes(self._tensor.offset, self._tensor.extent), np.uint8)
+            raw: Raw = np.ndarray(spec.shape, raw_dtype(spec.item), data, 0, self._tensor.strides)
+            source = self._whole = ArraySource(raw, self.element_size, spec.swap)
+            self._left = spec.nbytes
+            _hold(self)
+        self._left -= wanted
+        if self._left <= 0:
+            self._whole = None
+        return source
+
+
+_held: Final[deque[weakref.ref[TensorSource]]] = deque()
+_held_lock: Final = ThreadLock()
+
+
+def _hold(newest: TensorSource) -> None:
+    """Let go of the tensors that were read first while more than `_HELD` bytes are kept. What is asked for
+    again is read again."""
+    with _held_lock:
+        kept = [each for ref in _held if (each := ref()) is not None and each._whole is not None]
+        kept = [*(each for each in kept if each is not newest), newest]
+        while len(kept) > 1 and sum(each._tensor.extent for each in kept) > _HELD:
+            kept.pop(0)._whole = None
+        _held.clear()
+        _held.extend(map(weakref.ref, kept))

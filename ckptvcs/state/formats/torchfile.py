@@ -304,7 +304,11 @@ def _tensor(path: str, value: Call, depth: int = 0) -> tuple[str, str, Tensor] |
     if spec.nbytes > MAX_BYTES:
         return None
     strides = strides_of(shape, [step * item for step in steps], item)
-    return key, dtype if counted == "uint8" else counted, Tensor(path, offset * item, spec, strides)
+    return (
+        key,
+        dtype if counted == "uint8" else counted,
+        Tensor(path, offset * item if spec.nbytes else 0, spec, strides),
+    )
 
 
 def _ints(value: Any) -> Any:

@@ -1,0 +1,62 @@
+"""The writer process of `commit_async`: stores what the trainer copied to shared memory, one save at a time.
+
+It is a handle like any other: it opens the repository, holds a lease, and commits through the same
+transaction. What a commit is, where the branch stood and who made it, the trainer says. When the trainer
+closes, or dies, the save in flight is finished and the process ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ckptvcs import canonical
+from ckptvcs.background import answer_of
+from ckptvcs.companion import Channel, SharedMemory
+from ckptvcs.errors import described
+from ckptvcs.history.commit import Commit
+from ckptvcs.ids import ObjectId
+from ckptvcs.repo import Repo
+from ckptvcs.state import transfer, tree
+
+
+class _Writer(Repo):
+    """A handle that commits for another process's handle, from where that one stands."""
+
+    def save(self, task: Mapping[str, Any], memory: memoryview) -> Commit:
+        """Make the commit of a task, whose content lies in `memory`."""
+        started = self._store.disk.seconds()
+        prepared = transfer.prepared(task["tree"], memory, self._store.grid)
+        ref = self._ref = task["ref"]
+        self._tip, self._origin = (_id(task[name]) for name in ("tip", "origin"))
+        self._claim = None if task["claim"] is None else self._store.standing_claim(ref, task["claim"])
+        self._warned = True  # the trainer's handle did
+        self._shared.compression = task["compression"]
+        with self._mutex, self._store.operation():
+            return self._make(
+                lambda writer, bases: tree.store(writer, prepared, bases), task["fields"], started
+            )
+
+
+def _id(value: bytes | None) -> ObjectId | None:
+    return None if value is None else ObjectId(value)
+
+
+def main(channel: Channel, memory: SharedMemory) -> None:
+    """Store what is asked for until the trainer has gone."""
+    writer: _Writer | None = None
+    while (message := channel.receive()) is not None:
+        try:
+            start, size = canonical.decode(message)
+            view = memory.view(start + size)
+            task = canonical.decode(bytes(view[start : start + size]))
+            if writer is None:
+                opened = _Writer.open(task["folder"], branch=task["branch"])
+                assert isinstance(opened, _Writer)
+                writer = opened
+            answer = answer_of(writer.save(task, view))
+        except BaseException as error:  # noqa: BLE001 - the trainer raises it
+            answer = {"error": described(error)}
+        channel.send(canonical.encode(answer))
+    if writer is not None:
+        writer.close()
