@@ -870,8 +870,12 @@ class Repo:
             into: the structure to fill, laid out like the state that was committed.
             rev: another commit. If it is not the branch's tip, commits need a branch of their own.
             only: fill only what matches (patterns as in `checkout`).
-            strict: raise StateMismatchError, before anything is changed, if names or shapes differ.
-            rename: stored path to path in `into`.
+            strict: raise StateMismatchError, before anything is changed, if names or shapes differ; and
+                afterwards, if an object did not keep what it was given.
+            rename: stored path to path in `into`, or the beginning of names to another, such as
+                {"model/encoder.": "model/backbone."}.
+
+        CorruptionError if a stored chunk is damaged; what was read before is in `into` then.
         """
         from ckptvcs.state import restore as restoring
 
