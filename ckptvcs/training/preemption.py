@@ -56,7 +56,7 @@ class Preemption:
         self._disk = disk
         self._process = disk.process()
         self._earlier: dict[Signals, _Earlier] = {}
-        self._handlers: dict[Signals, Callable[[int, FrameType | None], None]] = {}
+        self._handlers: dict[Signals, _Note] = {}
         if not signals:
             return
         if threading.current_thread() is not threading.main_thread():
@@ -66,11 +66,13 @@ class Preemption:
             )
         for each in signals:
             earlier = signal.getsignal(each)
+            while isinstance(earlier, _Note) and earlier.where() is None:
+                earlier = earlier.earlier  # of an Autosave that was forgotten
             if earlier is None:
                 _log.warning("%s has a handler outside Python; Autosave leaves it alone", each.name)
                 continue
             self._earlier[each] = earlier
-            self._handlers[each] = _noting(weakref.ref(self), earlier)
+            self._handlers[each] = _Note(weakref.ref(self), earlier)
             signal.signal(each, self._handlers[each])
 
     @property
@@ -104,17 +106,26 @@ class Preemption:
         self._handlers.clear()
 
 
-def _noting(where: weakref.ref[Preemption], earlier: _Earlier) -> Callable[[int, FrameType | None], None]:
-    def handler(which: int, frame: FrameType | None) -> None:
-        preemption = where()
+class _Note:
+    """A handler that notes, for as long as there is somebody to note it for.
+
+    Attributes:
+        where: the `Preemption`, or nothing any more.
+        earlier: who handled the signal before.
+    """
+
+    def __init__(self, where: weakref.ref[Preemption], earlier: _Earlier) -> None:
+        self.where = where
+        self.earlier = earlier
+
+    def __call__(self, which: int, frame: FrameType | None) -> None:
+        preemption = self.where()
         if preemption is not None and preemption.note(which):
             return
         # Nobody saves here: a forked child, or what is left of an Autosave that was forgotten. A child that
         # only noted a SIGTERM could not be terminated.
-        if callable(earlier):
-            earlier(which, frame)
+        if callable(self.earlier):
+            self.earlier(which, frame)
         else:
-            signal.signal(which, earlier)
+            signal.signal(which, self.earlier)
             signal.raise_signal(which)
-
-    return handler
