@@ -221,6 +221,23 @@ def test_every_leaf_may_change_as_soon_as_the_call_returns(repo: Repo) -> None:
     assert repo.fsck(full=True).ok
 
 
+@pytest.mark.parametrize("piece", [1, 999, 4096])
+def test_copies_in_pieces(repo: Repo, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """No border of a piece cuts an element, in order or not, turned around or not."""
+    monkeypatch.setattr("ckptvcs.state.staging._PIECE", piece)
+    state = {
+        "odd": np.arange(12_000).astype("S5").reshape(20, 30, 20).transpose(2, 0, 1)[:, ::3],
+        "turned": np.arange(700, dtype=">c16")[::-1],
+        "plain": np.arange(700, dtype=np.float64),
+        "channels": torch.randn(2, 3, 10, 12).to(memory_format=torch.channels_last),
+        "half": torch.randn(30, 40).half().T,
+    }
+    wanted = tree_of(state)
+    pending = repo.commit_async(state)
+    spoil(state)
+    assert pending.result(PATIENCE).tree == wanted
+
+
 def test_what_comes_back_is_the_state_at_the_call(repo: Repo) -> None:
     model, optimizer = every_leaf()["model"], None
     optimizer = torch.optim.AdamW(model.parameters())
