@@ -348,8 +348,13 @@ def _at_exit() -> None:
     for pending in list(_untold):
         _log.error("a commit was not made, and nobody asked for its result: %s", pending._error)
         _untold.discard(pending)
-        if not isinstance(sys.stdout, _FailsAtTheEnd):
-            sys.stdout = _FailsAtTheEnd(sys.stdout)
+        exit_in_failure()
+
+
+def exit_in_failure() -> None:
+    """Have the interpreter exit with status 120. For exit handlers."""
+    if not isinstance(sys.stdout, _FailsAtTheEnd):
+        sys.stdout = _FailsAtTheEnd(sys.stdout)
 
 
 def _in_child() -> None:

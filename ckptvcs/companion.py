@@ -29,7 +29,7 @@ from ckptvcs.errors import CkptError, StorageError
 
 _HINT: Final = "use commit, which stores the state before it returns"
 _LENGTH: Final = struct.Struct("<Q")
-_DEAF_TO: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_DEAF_TO: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE: Final = 60.0
 _NICENESS: Final = 19
 _HEADROOM: Final = 8

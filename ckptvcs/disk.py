@@ -23,6 +23,7 @@ import platform
 import shutil
 import stat
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -513,6 +514,15 @@ def usable_cpus() -> int:
         if quota != "max":
             cpus = min(cpus, max(1, int(quota) // int(period)))
     return max(1, cpus)
+
+
+@contextlib.contextmanager
+def scratch_folder(above: Path | None = None) -> Iterator[Path]:
+    """A new folder for the time of the block, in `above` or where temporary files go. Removed at its end."""
+    with translated("create", above or Path(tempfile.gettempdir())):
+        folder = tempfile.TemporaryDirectory(prefix="ckpt-", dir=above, ignore_cleanup_errors=True)
+    with folder as name:
+        yield Path(name)
 
 
 class Folder:

@@ -85,18 +85,21 @@ class AmbiguousError(InvalidError):
 
 
 class UnsupportedStateError(InvalidError):
-    """Leaves that cannot be stored without pickle, all of them. `leaves` holds (path, why) pairs."""
+    """Leaves that cannot be stored, or exported, without pickle, all of them. `leaves` holds (path, why)
+    pairs."""
 
     code = "unsupported-leaf"
 
-    def __init__(self, leaves: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        leaves: Sequence[tuple[str, str]],
+        done: str = "stored",
+        hint: str = "convert them to tensors, numbers, text or containers of these, or leave them out; "
+        "ckptvcs never pickles",
+    ) -> None:
         self.leaves = tuple(leaves)
         listed = "; ".join(f"{path or '(the state itself)'}: {why}" for path, why in self.leaves)
-        super().__init__(
-            f"{len(self.leaves)} value(s) cannot be stored: {listed}",
-            hint="convert them to tensors, numbers, text or containers of these, or leave them out; "
-            "ckptvcs never pickles",
-        )
+        super().__init__(f"{len(self.leaves)} value(s) cannot be {done}: {listed}", hint=hint)
 
 
 class StateMismatchError(InvalidError):

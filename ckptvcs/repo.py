@@ -7,6 +7,7 @@ much else, for which `ckpt log` or `ckpt branch` must not wait.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import logging
@@ -16,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ckptvcs import config as settings
-from ckptvcs.disk import Disk, StrPath, ThreadLock
+from ckptvcs.disk import Disk, StrPath, ThreadLock, scratch_folder
 from ckptvcs.errors import (
     CkptError,
     ConflictError,
@@ -37,8 +38,10 @@ from ckptvcs.opening import FOLDER, Environment, default_author, find, make_fold
 from ckptvcs.store import Claim, LogEntry, Move, Operation, Publication, Reader, Store, Writer
 
 if TYPE_CHECKING:
+    from ckptvcs import importing
     from ckptvcs.background import Background, PendingCommit
     from ckptvcs.maintenance import fsck, gc
+    from ckptvcs.state import export as exporting
     from ckptvcs.state import files as file_trees
     from ckptvcs.state import tree as state_trees
     from ckptvcs.state.bases import Bases, Held
@@ -418,10 +421,7 @@ class Repo:
         with self._mutex:
             self._lineage()
             if self._head()[1] != self._tip:
-                raise ConflictError(
-                    f"somebody else moved the branch {self.branch_name} since this handle saw it",
-                    hint="restore its tip and go on from there, or work on a branch of its own",
-                )
+                raise self._moved()
         state_trees.check(state)
 
     def claim(self, *, steal: bool = False) -> Claim:
@@ -429,13 +429,15 @@ class Repo:
 
         Others cannot claim the branch meanwhile, and this handle commits only while it holds the claim. Seen
         by all processes of this machine; somebody who does not claim may still commit, which ends as a
-        conflict.
+        conflict. A handle that has restored nothing sees the branch's tip anew: who takes over from a job
+        that saves often claims first and restores then.
 
         Args:
             steal: take the branch over from a living claimant, whose handle then refuses to commit.
 
-        Raises LockedError (code 'claimed') naming the claimant's job, process and host, and LineageError
-        if HEAD is detached.
+        Raises LockedError (code 'claimed') naming the claimant's job, process and host; ConflictError if
+        somebody moved the branch since this handle saw it, and then takes nothing over; LineageError if
+        HEAD is detached.
         """
         shared = self._open_shared()
         if self._ref is None:
@@ -446,12 +448,25 @@ class Repo:
             "job": shared.job,
             "author": self.author,
         }
-        claim = shared.store.claim(self._ref, holder, steal=steal)
-        with self._mutex:
-            if self._claim is not None:
-                self._claim.release()
-            self._claim = claim
-        return claim
+        for _ in range(_RETRIES):
+            tip = self._tip if self._origin is not None else self._head()[1]
+            claim = shared.store.claim(self._ref, tip, holder, steal=steal)
+            if claim is not None:
+                with self._mutex:
+                    self._tip = tip
+                    if self._claim is not None:
+                        self._claim.release()
+                    self._claim = claim
+                return claim
+            if self._origin is not None:
+                break
+        raise self._moved()
+
+    @property
+    def claimed(self) -> Claim | None:
+        """The claim on the branch that this handle holds; None without one."""
+        claim = self._claim
+        return claim if claim is not None and claim.held else None
 
     def commit_async(
         self,
@@ -758,6 +773,12 @@ class Repo:
             )
         return self._ref, (self._tip,)
 
+    def _moved(self) -> ConflictError:
+        return ConflictError(
+            f"somebody else moved the branch {self.branch_name} since this handle saw it",
+            hint="restore its tip and go on from there, or work on a branch of its own",
+        )
+
     def _lost_race(self, ref: str, lost: str) -> ConflictError:
         branch, kept = refs.shown(ref), refs.shown(lost)
         return ConflictError(
@@ -979,6 +1000,125 @@ class Repo:
                 base=base,
                 say=say,
             )
+
+    def export(
+        self,
+        rev: str | ObjectId | Commit,
+        to: StrPath,
+        *,
+        format: str,
+        only: str | Sequence[str] | None = None,
+        dtype: str | None = None,
+        config_from: StrPath | None = None,
+        max_shard_size: int | str | None = None,
+        tensors_only: bool = False,
+        force: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> exporting.ExportReport:
+        """Write a commit's state as checkpoint files of other tools, below the folder `to` (made if missing).
+
+        Tensor by tensor: the state is never in memory (docs/concepts: export). Each file appears under its
+        name when it is complete and durable.
+
+        Args:
+            rev: which commit.
+            to: the folder.
+            format: 'safetensors', 'torch' (an archive for `torch.load(weights_only=True)`, nested as the
+                state is), 'npz', or 'hf' (a folder for `from_pretrained`).
+            only: names or patterns as in `checkout`. If all begin with the same component, its name is
+                dropped. 'hf' exports the component `model` if there is one and nothing is said here.
+            dtype: 'bf16', 'fp16' or 'fp32': cast floating-point tensors, rounded to nearest even.
+            config_from: for 'hf', a folder whose config and tokenizer files are copied.
+            max_shard_size: for 'hf', bytes of tensors per file: a number or text such as '5GB'; 50 GB.
+            tensors_only: leave out what is no tensor, where the format has no place for it.
+            force: replace files that are there.
+            say: told each tensor's path when it is written.
+
+        UnsupportedStateError lists all values that the format cannot hold; ExistsError if a file is there
+        already. Nothing was written then.
+        """
+        from ckptvcs.state import export as exporting
+
+        commit = self.resolve(rev)
+        if not self.has_state(commit):
+            raise NotFoundError(
+                f"the commit {commit.id.short} holds files and no state",
+                hint=f"`ckpt checkout {commit.id.short} --to DIR` writes them as they were",
+            )
+        make_folders(self._store.disk, Path(to))
+        with self._reading(commit) as reader:
+            return exporting.export(
+                reader,
+                commit.tree,
+                self._store.disk,
+                Path(to),
+                format=format,
+                only=only,
+                dtype=dtype,
+                config_from=config_from,
+                max_shard_size=max_shard_size,
+                tensors_only=tensors_only,
+                force=force,
+                about={"commit": str(commit.id)},
+                say=say,
+            )
+
+    # -- checkpoints of other tools --------------------------------------------------------------
+
+    def import_run(
+        self,
+        folder: StrPath,
+        *,
+        branch: str | None = None,
+        dry_run: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> importing.ImportReport:
+        """Make a branch of a folder of checkpoints, a commit each, byte-exact, in the order of their steps.
+
+        Hugging Face `checkpoint-500/`, Lightning `epoch=2-step=500.ckpt`, `step_100.pt` and the like
+        (docs/concepts: importing a run). Done again, it goes on where it stopped, and takes in what is new.
+        The folder is only read.
+
+        Args:
+            folder: where the checkpoints are.
+            branch: the branch, made if missing; by default called like the folder.
+            dry_run: keep nothing: `rehearsed_import` with this handle's compression.
+            say: told each checkpoint's name when its turn comes.
+
+        ExistsError if the branch holds anything else; NotFoundError if there is no checkpoint.
+        """
+        from ckptvcs import importing
+
+        name = branch or importing.branch_for(Path(folder))
+        refs.branch_ref(name)
+        if dry_run:
+            return self.rehearsed_import(folder, compression=self._compression(), branch=name, say=say)
+        return importing.run(self.on(name), self._store.disk, Path(folder), name, say)
+
+    @classmethod
+    def rehearsed_import(
+        cls,
+        folder: StrPath,
+        *,
+        compression: str | None = None,
+        branch: str | None = None,
+        scratch: StrPath | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> importing.ImportReport:
+        """What `import_run` into an empty repository would find and store. Needs no repository.
+
+        The checkpoints are really encoded, into a repository in a temporary folder (below `scratch`, or
+        where temporary files go) that is removed at the end; it needs as much room as `stored` says.
+        """
+        from ckptvcs import importing
+
+        name = branch or importing.branch_for(Path(folder))
+        with scratch_folder(None if scratch is None else Path(scratch)) as place:
+            with cls.init(place / "rehearsal", compression=compression) as repo:
+                report = importing.run(repo.on(name), repo._store.disk, Path(folder), name, say)
+        report.rehearsal = True
+        report.checkpoints = [dataclasses.replace(each, commit=None) for each in report.checkpoints]
+        return report
 
     # -- refs ------------------------------------------------------------------------------------
 

@@ -21,7 +21,10 @@ VERBS = {
     "log": "history",
     "show": "history",
     "ls": "content",
+    "diff": "compare",
     "checkout": "content",
+    "export": "exchange",
+    "import-run": "exchange",
     "branch": "refs",
     "switch": "refs",
     "tag": "refs",
@@ -48,7 +51,7 @@ class _Verbs(click.Group):
         if cmd_name not in VERBS:
             return None
         module = import_module(f"ckptvcs.cli.verbs.{VERBS[cmd_name]}")
-        command: click.Command = getattr(module, cmd_name)
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
     def resolve_command(

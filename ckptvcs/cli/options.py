@@ -60,7 +60,8 @@ def _names(ctx: click.Context, incomplete: str, names_of: Callable[[Repo], list[
         return []
 
 
-def _revisions(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+def complete_revision(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Revisions that begin so."""
     return _names(ctx, incomplete, lambda repo: ["HEAD", *repo.branches(), *repo.tags(), *repo.lost()])
 
 
@@ -79,8 +80,8 @@ def _settings(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 def revision_argument(*, required: bool = False) -> Callable[[_Function], _Function]:
     """REV; HEAD if it may be left out and is."""
     if required:
-        return click.argument("revision", metavar="REV", shell_complete=_revisions)
-    return click.argument("revision", metavar="[REV]", default="HEAD", shell_complete=_revisions)
+        return click.argument("revision", metavar="REV", shell_complete=complete_revision)
+    return click.argument("revision", metavar="[REV]", default="HEAD", shell_complete=complete_revision)
 
 
 def branch_argument(name: str, metavar: str, **more: Any) -> Callable[[_Function], _Function]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -61,3 +62,24 @@ def resolved(repo: Repo, revision: str) -> Commit:
             if revision.startswith(name) and rest[:1] in ("", "~", "^", "@"):
                 return repo.resolve(f"{commit}{rest}")
     return repo.resolve(revision)
+
+
+def file_named(text: str) -> Path | None:
+    """The file or folder that an argument names, where it might be a revision; None if it is a revision.
+
+    What begins with `./`, `../` or `/` is a file. Anything else is a revision if there is one of that name in
+    this repository, and a file if there is one on the disk.
+    """
+    from ckptvcs.errors import CkptError
+
+    path = Path(text)
+    if text in (".", "..") or text.startswith(("./", "../", "/")):
+        return path
+    if "\0" in text or not path.exists():
+        return None
+    try:
+        with opened() as repo:
+            resolved(repo, text)
+    except CkptError:
+        return path
+    return None

@@ -10,7 +10,11 @@ from ckptvcs.cli import output
 if TYPE_CHECKING:
     from ckptvcs.history.commit import Commit, CommitReport
     from ckptvcs.ids import ObjectId
+    from ckptvcs.importing import ImportReport
     from ckptvcs.repo import Repo
+    from ckptvcs.state.checkpoint import Checkpoint, Dense
+    from ckptvcs.state.compare import Change
+    from ckptvcs.state.export import ExportReport
     from ckptvcs.state.files import FileEntry
     from ckptvcs.state.tree import Entry
     from ckptvcs.store import LogEntry
@@ -93,6 +97,106 @@ def file_shape(entry: FileEntry) -> dict[str, Any]:
         "blake3": entry.digest.hex() or None,
         "target": entry.target,
     }
+
+
+def checkpoint_shape(found: Checkpoint) -> dict[str, Any]:
+    """One side of a comparison. Commits will be another kind."""
+    return {"kind": "file", "path": str(found.path), "format": found.format, "bytes": found.nbytes}
+
+
+def export_shape(report: ExportReport) -> dict[str, Any]:
+    """What an export did."""
+    return {
+        "files": report.files,
+        "copied": report.copied,
+        "tensors": report.tensors,
+        "bytes": report.nbytes,
+        "prefix": report.prefix,
+        "repeated": report.repeated,
+        "left_out": report.left_out,
+        "cast": report.cast,
+        "overflowed": report.overflowed,
+    }
+
+
+def import_shape(report: ImportReport) -> dict[str, Any]:
+    """What an import did, or a rehearsal would do."""
+    return {
+        "branch": report.branch,
+        "dry_run": report.rehearsal,
+        "checkpoints": [
+            {
+                "name": each.name,
+                "step": each.step,
+                "epoch": each.epoch,
+                "metrics": each.metrics,
+                "given": each.given,
+                "stored": each.stored,
+                "commit": None if each.commit is None else str(each.commit),
+            }
+            for each in report.checkpoints
+        ],
+        "given": report.given,
+        "stored": report.stored,
+        "left_out": report.left_out,
+    }
+
+
+def tensor_shape(path: str, tensor: Dense) -> dict[str, Any]:
+    """A tensor in a file, as a leaf of a state."""
+    return {
+        "path": path,
+        "kind": "tensor",
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "bytes": tensor.nbytes,
+        "preview": "",
+    }
+
+
+def value_shape(path: str, value: Any) -> dict[str, Any]:
+    """A value in a file, as a leaf of a state."""
+    kind = "none" if value is None else type(value).__name__
+    return {
+        "path": path,
+        "kind": kind,
+        "dtype": None,
+        "shape": None,
+        "bytes": 0,
+        "preview": preview(value),
+    }
+
+
+def preview(value: Any) -> str:
+    """A value in some sixty characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def change_shape(change: Change) -> dict[str, Any]:
+    """A path at which two sides differ. What is not there is null."""
+    distance = change.distance
+    return {
+        "change": change.kind,
+        "path": change.path,
+        "old": _side_shape(change.old),
+        "new": _side_shape(change.new),
+        "distance": None
+        if distance is None
+        else {
+            "changed": distance.changed,
+            "largest": distance.largest,
+            "relative": distance.relative,
+            "not_finite": distance.not_finite,
+        },
+    }
+
+
+def _side_shape(side: Any) -> Any:
+    if hasattr(side, "shape"):
+        return {"dtype": side.dtype, "shape": list(side.shape), "bytes": side.nbytes}
+    plain = side is None or isinstance(side, (bool, int, float, str))
+    return side if plain else None
 
 
 def log_shape(entry: LogEntry) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import errno
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from ckptvcs.disk import Disk, Folder, ReadFile, StrPath, check_name, check_target
 from ckptvcs.errors import (
+    CkptError,
     ConflictError,
     CorruptionError,
     InvalidError,
@@ -37,6 +39,7 @@ from ckptvcs.state.materialise import Filler, memory_for, resolve
 from ckptvcs.state.read import Content, StoredFile, StoredLink, StoredTensor, TensorInFile
 from ckptvcs.state.tensors import ArraySource, Raw, raw_dtype, swap
 
+_log = logging.getLogger("ckptvcs")
 _REPOSITORY: Final = ".ckpt"
 _PERMISSIONS: Final = 0o777
 """Without setuid, setgid and sticky, which no checkout may bring back."""
@@ -346,7 +349,7 @@ def _hashed(folder: Folder, name: str, budget: _Budget) -> FileContent:
     size, mode = _stat(folder, name)
     path = (folder.path / name).absolute()
     with folder.open_file(name) as file:
-        layout = recognise(File(size, file.read)) if size > _SMALL else None
+        layout = _layout(file, size) if size > _SMALL else None
         parts = budget.take(layout)
         whole, rest = Hasher(), _Ranges(path)
         tensors: list[TensorContent] = []
@@ -365,6 +368,18 @@ def _hashed(folder: Folder, name: str, budget: _Budget) -> FileContent:
     return FileContent(
         size, mode, bytes(whole.id()), 0, [rest] if rest.nbytes else [], format, tuple(tensors)
     )
+
+
+def _layout(file: ReadFile, size: int) -> Layout | None:
+    """Where tensors lie in a file; None if that is not known."""
+    try:
+        return recognise(File(size, file.read))
+    except (CkptError, OSError):
+        raise
+    except Exception:  # noqa: BLE001
+        # A checkpoint must not be lost to a case that no parser thought of.
+        _log.warning("%s could not be looked into, and is stored as plain bytes", file.path, exc_info=True)
+        return None
 
 
 def _hash(file: ReadFile, start: int, end: int, whole: Hasher, into: _Ranges) -> int:

@@ -201,11 +201,16 @@ class Patterns:
         """NotFoundError, with near names out of `known`, if a pattern has matched nothing."""
         lost = [pattern.text for pattern in self._patterns or () if not pattern.matched]
         if lost:
-            near = nearest(lost[0], known)
-            raise NotFoundError(
-                f"nothing in this commit matches {', '.join(map(repr, lost))}",
-                hint=f"near: {', '.join(near)}" if near else "`ckpt ls REV` lists all paths",
-            )
+            raise unmatched(lost, known, "this commit")
+
+
+def unmatched(patterns: Sequence[str], known: Iterable[str], where: str) -> NotFoundError:
+    """What to raise when patterns match none of the `known` paths; its hint has near ones."""
+    near = nearest(patterns[0], known)
+    return NotFoundError(
+        f"nothing in {where} matches {', '.join(map(repr, patterns))}",
+        hint=f"near: {', '.join(near)}" if near else "`ckpt ls` lists all paths",
+    )
 
 
 def _texts(only: object) -> list[str]:

@@ -152,6 +152,8 @@ class Compound(Branch):
 
     dtype: str = ""
     shape: tuple[int, ...] = ()
+    about: tuple[Any, ...] = ()
+    """Of a sparse tensor (layout, flags), of a quantised one (scheme, flags, axis)."""
 
 
 @dataclass(slots=True)
@@ -662,7 +664,7 @@ class Loader:
 
         names = [c.spec.dtype for k, c in zip(parts.keys, parts.children, strict=True)
                  if k == "values" and isinstance(c, StoredTensor)]  # fmt: skip
-        return Compound("sparse", parts.keys, parts.children, make, "".join(names), shape)
+        return Compound("sparse", parts.keys, parts.children, make, "".join(names), shape, (layout, flags))
 
     def _quantized(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
         name, scheme, flags, axis, inner = self._fields(value, opened, 5)
@@ -682,7 +684,9 @@ class Loader:
 
         shapes = [c.spec.shape for k, c in zip(parts.keys, parts.children, strict=True)
                   if k == "integers" and isinstance(c, StoredTensor)]  # fmt: skip
-        return Compound("quantized", parts.keys, parts.children, make, name, shapes[0] if shapes else ())
+        whole = shapes[0] if shapes else ()
+        about = (scheme, flags, axis)
+        return Compound("quantized", parts.keys, parts.children, make, name, whole, about)
 
     def _generator(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
         device, inner = self._fields(value, opened, 2)

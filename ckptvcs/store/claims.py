@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from ckptvcs.disk import Disk, Lock, random_name
 from ckptvcs.errors import LockedError, StorageError
+from ckptvcs.ids import ObjectId
 from ckptvcs.store.format import Layout
 from ckptvcs.store.index import Index
 
@@ -76,30 +77,46 @@ class Claim:
 
 
 def take(
-    disk: Disk, layout: Layout, index: Index, ref: str, holder: Mapping[str, Any], *, steal: bool = False
-) -> Claim:
-    """Claim a ref. LockedError (code "claimed") naming the living claimant, unless `steal`."""
-    shown = _shown(ref)
+    disk: Disk,
+    layout: Layout,
+    index: Index,
+    ref: str,
+    tip: ObjectId | None,
+    holder: Mapping[str, Any],
+    *,
+    steal: bool = False,
+) -> Claim | None:
+    """Claim a ref that stands at `tip`; None, and nothing is claimed, if it stands elsewhere.
+
+    LockedError (code "claimed") naming the living claimant, unless `steal`.
+    """
     path = layout.claim(ref)
     token = random_name() + random_name()
-    content = json.dumps({"token": token, **holder}).encode()
+    lock: Lock | None = None
     try:
-        lock = disk.lock(path, wait=_WAIT)
+        lock = disk.lock(path, wait=0 if steal else _WAIT)
     except LockedError:
         if not steal:
             raise LockedError(
-                f"the branch {shown} is claimed by {claimant(disk, path)}",
+                f"the branch {_shown(ref)} is claimed by {claimant(disk, path)}",
                 hint="stop it or wait for its end, work on another branch, or take over with steal=True",
                 code="claimed",
             ) from None
-        with index.change():
-            disk.remove(path)
-            lock = disk.lock(path)
-            _write(lock, content)
-    else:
-        with index.change():
-            _write(lock, content)
-    return Claim(disk, path, token, shown, lock)
+    try:
+        with index.change() as change:
+            if change.ref(ref) != tip:
+                if lock is not None:
+                    lock.release()
+                return None
+            if lock is None:
+                disk.remove(path)
+                lock = disk.lock(path)
+            lock.write(json.dumps({"token": token, **holder}).encode())
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return Claim(disk, path, token, _shown(ref), lock)
 
 
 def standing(disk: Disk, layout: Layout, ref: str, token: str) -> Claim:
@@ -109,14 +126,6 @@ def standing(disk: Disk, layout: Layout, ref: str, token: str) -> Claim:
 
 def _shown(ref: str) -> str:
     return ref.removeprefix("refs/heads/")
-
-
-def _write(lock: Lock, content: bytes) -> None:
-    try:
-        lock.write(content)
-    except BaseException:
-        lock.release()
-        raise
 
 
 def _content(disk: Disk, path: Path) -> dict[str, Any]:

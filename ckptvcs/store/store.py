@@ -294,12 +294,14 @@ class Store:
         """This process's lease."""
         return self._lease
 
-    def claim(self, ref: str, holder: Mapping[str, Any], *, steal: bool = False) -> Claim:
-        """Claim a ref for `holder`, until released or until this process ends (`claims`).
+    def claim(
+        self, ref: str, tip: ObjectId | None, holder: Mapping[str, Any], *, steal: bool = False
+    ) -> Claim | None:
+        """Claim a ref for `holder`, until released or until this process ends; None if it is not at `tip`.
 
-        LockedError (code "claimed") naming the living claimant, unless `steal`.
+        LockedError (code "claimed") naming the living claimant, unless `steal` (`claims`).
         """
-        return claims.take(self.disk, self.layout, self.index, ref, holder, steal=steal)
+        return claims.take(self.disk, self.layout, self.index, ref, tip, holder, steal=steal)
 
     def standing_claim(self, ref: str, token: str) -> Claim:
         """A claim that another process took, to be checked and no more."""

@@ -6,12 +6,12 @@ import atexit
 import contextlib
 import logging
 import math
-import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
+from ckptvcs.background import exit_in_failure
 from ckptvcs.errors import CkptError, InvalidError, LockedError, NotFoundError, StorageError
 from ckptvcs.history.commit import Commit, checked_epoch, checked_step, in_bytes, plain_metrics
 from ckptvcs.repo import Repo
@@ -20,12 +20,15 @@ from ckptvcs.training import preemption as preemptions
 from ckptvcs.training import retention
 from ckptvcs.training.interval import Planner, Schedule, in_time, schedule_of, seconds_between
 from ckptvcs.training.monitor import Monitor
-from ckptvcs.training.preemption import Preemption
+from ckptvcs.training.preemption import Preemption, Signals
 from ckptvcs.training.ranks import Flags, Ranks
 from ckptvcs.training.saving import Saved, Saver, Wanted
 
 RETRY: Final = 60.0
 """Seconds after a failed save until it is tried again, if nothing makes it due before."""
+
+_in_use: Final[weakref.WeakSet[Claim]] = weakref.WeakSet()
+"""Claims under which an Autosave saves. A second one on the same branch is refused, in this process too."""
 
 _log = logging.getLogger("ckptvcs")
 
@@ -128,6 +131,7 @@ class Autosave:
         self._saved_step: int | None = None
         self._given = False
         self._claim: Claim | None = None
+        self._uses: Claim | None = None
         self._exit: Callable[[], None] | None = None
         watched = preemptions.checked(preemptions.DEFAULT if signals is None else signals)
         self._ranks = Ranks(agree=agree)
@@ -141,8 +145,8 @@ class Autosave:
                 if self._ranks.agreeing:
                     self._look()
                 if self._writes:
-                    self._claim = repo.claim(steal=steal)
                     repo.check_commit(None if self._ranks.agreeing else state, config=config)
+                    self._take_claim(repo, steal=steal)
                     if monitor is not None:
                         self._monitor = _monitor(repo, monitor, mode, patience, float(min_delta))
         except BaseException:
@@ -162,7 +166,7 @@ class Autosave:
     # -- construction ------------------------------------------------------------------------------
 
     @staticmethod
-    def _noting(watched: Sequence[signal.Signals], repo: Repo, *, explicit: bool) -> Preemption:
+    def _noting(watched: Sequence[Signals], repo: Repo, *, explicit: bool) -> Preemption:
         try:
             return Preemption(watched, repo.disk)
         except InvalidError as error:
@@ -183,6 +187,13 @@ class Autosave:
             raise CkptError("Autosave failed on another rank, which says why", code="wrong-rank")
         if failed is not None:
             raise failed
+
+    def _take_claim(self, repo: Repo, *, steal: bool) -> None:
+        held = repo.claimed
+        if held is None or held in _in_use:
+            self._claim = held = repo.claim(steal=steal)
+        self._uses = held  # the caller's own, from before the state was restored, stays theirs
+        _in_use.add(held)
 
     def _resume(self) -> None:
         """Go on from what the restored commit and those before it say."""
@@ -304,7 +315,7 @@ class Autosave:
             raise CkptError("saving failed on rank 0, which says why", code="wrong-rank")
         self.should_stop = bool(agreed.stop)
         if agreed.signal:
-            self._end(signal.Signals(agreed.signal), wanted)
+            self._end(Signals(agreed.signal), wanted)
         elif agreed.save:
             self._save(wanted, why or "")
             if self._ranks.size == 1 and self._preemption.noted is not None:  # it came while we saved
@@ -396,8 +407,9 @@ class Autosave:
         metrics = plain_metrics(wanted.metrics)
         value = metrics.get(self._metric) if self._metric else None
         value = None if value is None else float(value)
+        best = value is not None and self._monitor is not None and self._monitor.saving(value)
         with self._ranks.looking():
-            self._saver.begin(Wanted(wanted.step, why, wanted.epoch, metrics, value), self._record(why))
+            self._saver.begin(Wanted(wanted.step, why, wanted.epoch, metrics, value, best), self._record(why))
         self._saved_at, self._work = self._disk.seconds(), 0.0
         if not self._ranks.agreeing:  # else at the next step, where all ranks learn of an error
             self._take(self._saver.finished(wait=False))
@@ -424,6 +436,8 @@ class Autosave:
         if isinstance(saved.outcome, Exception):
             self._failed = saved.outcome
             self._saved_step = None
+            if self._monitor is not None and saved.wanted.value is not None:
+                self._monitor.failed()
             if not (self._warn and _may_pass(saved.outcome)):
                 raise saved.outcome
             _log.warning(
@@ -436,11 +450,9 @@ class Autosave:
             _log.warning("saving works again")
             self._failed = None
         commit = self._last = saved.outcome
-        value = saved.wanted.value
-        best = value is not None and self._monitor is not None and self._monitor.committed(value)
-        if best:
+        if saved.wanted.best:
             self._best = commit
-        _log.info("%s", _line(saved, commit, self._repo.branch_name, self._metric, best=best))
+        _log.info("%s", _line(saved, commit, self._repo.branch_name, self._metric))
         if self._planner is not None:
             writing = commit.report.seconds if commit.report is not None else saved.blocked
             first = self._planner.plan is None
@@ -448,7 +460,7 @@ class Autosave:
                 level = logging.INFO if first else logging.DEBUG
                 _log.log(level, "%s", plan.reasoning(self._planner.max_overhead, self._planner.mtbf))
 
-    def _end(self, which: signal.Signals, wanted: Wanted) -> None:
+    def _end(self, which: Signals, wanted: Wanted) -> None:
         """A signal came: save, and when that is durable hand the signal on."""
         came = self._preemption.at if self._preemption.noted is not None else self._disk.seconds()
         problem: Exception | None = None
@@ -486,6 +498,11 @@ class Autosave:
         except StorageError as error:
             _log.warning("the save before failed: %s", error)
 
+    def wait(self) -> None:
+        """Wait for the save under way. Raises what it raises, except what `on_error` says."""
+        if self._writes and not self._closed:
+            self._wait()
+
     # -- the end -----------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -522,6 +539,8 @@ class Autosave:
         self._closed = True
         self._preemption.close()
         self._ranks.close()
+        if self._uses is not None:
+            _in_use.discard(self._uses)
         if self._claim is not None:
             self._claim.release()
         if self._exit is not None:
@@ -553,7 +572,9 @@ class Autosave:
             self._close(save=False)
         except Exception as error:  # noqa: BLE001 - too late to raise
             _log.error("the last save failed: %s", error)
-        if self._writes and seen is not None and saved != seen.step:
+        if self._failed is not None:
+            exit_in_failure()
+        elif self._writes and seen is not None and saved != seen.step:
             _log.warning(
                 "step %d was not saved when the process ended; `with Autosave(...)` or close() saves it",
                 seen.step,
@@ -637,7 +658,7 @@ def _detached(value: Any) -> Any:
     return detach() if callable(detach) else value
 
 
-def _line(saved: Saved, commit: Commit, branch: str | None, metric: str | None, *, best: bool) -> str:
+def _line(saved: Saved, commit: Commit, branch: str | None, metric: str | None) -> str:
     """A save in one line."""
     report = commit.report
     parts = [f"blocked {in_time(saved.blocked)}"]
@@ -645,7 +666,7 @@ def _line(saved: Saved, commit: Commit, branch: str | None, metric: str | None, 
         parts.append(f"background {in_time(max(0.0, report.seconds - saved.blocked))}")
         parts.append(f"new {in_bytes(report.new)} of {in_bytes(report.given)}")
     if saved.wanted.value is not None:
-        parts.append(f"{metric} {saved.wanted.value:.6g}" + (" (best)" if best else ""))
+        parts.append(f"{metric} {saved.wanted.value:.6g}" + (" (best)" if saved.wanted.best else ""))
     return (
         f"saved step {saved.wanted.step} on {branch} as {commit.id.short} ({saved.wanted.why}): "
         + ", ".join(parts)

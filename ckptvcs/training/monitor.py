@@ -17,7 +17,7 @@ class Monitor:
         mode: 'min' or 'max'.
         patience: so many values in a row may fail to be better; None for any number.
         min_delta: only a value better by more than this ends a row.
-        saved: the best value that a commit holds; None before the first.
+        saved: the best value that a commit holds, or the one under way; None before the first.
         mark: the value that the next must beat to end the row.
         stale: values since then.
     """
@@ -29,6 +29,7 @@ class Monitor:
     saved: float | None = None
     mark: float | None = None
     stale: int = 0
+    _before: float | None = None
 
     def better(self, value: float, than: float | None, by: float = 0.0) -> bool:
         """Whether a value is better by more than `by`. NaN never is; a first number always is."""
@@ -46,12 +47,18 @@ class Monitor:
             self.stale += 1
         return self.better(value, self.saved)
 
-    def committed(self, value: float) -> bool:
-        """A commit holds this value now; whether it is the best."""
+    def saving(self, value: float) -> bool:
+        """A commit with this value is begun; whether it is the best. What follows is compared with it at
+        once: when it is durable is a matter of chance."""
+        self._before = self.saved
         if not self.better(value, self.saved):
             return False
         self.saved = value
         return True
+
+    def failed(self) -> None:
+        """The commit that was begun last was not made."""
+        self.saved = self._before
 
     @property
     def exhausted(self) -> bool:

@@ -12,6 +12,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from signal import Signals as Signals
 from types import FrameType
 from typing import Any, Final, TypeAlias
 
@@ -26,12 +27,12 @@ DEFAULT: Final = (signal.SIGTERM, signal.SIGUSR1)
 _log = logging.getLogger("ckptvcs")
 
 
-def checked(signals: Any) -> tuple[signal.Signals, ...]:
+def checked(signals: Any) -> tuple[Signals, ...]:
     """Signals by number, name or member. InvalidError for what cannot be caught."""
     found = []
     for each in (signals,) if isinstance(signals, (int, str)) else signals:
         try:
-            one = signal.Signals[each] if isinstance(each, str) else signal.Signals(each)
+            one = Signals[each] if isinstance(each, str) else Signals(each)
         except (KeyError, ValueError):
             raise InvalidError(f"there is no signal {each!r:.40}", hint="as in signal.SIGTERM") from None
         if one in (signal.SIGKILL, signal.SIGSTOP):
@@ -48,14 +49,14 @@ class Preemption:
         at: when it came, by `Disk.seconds`.
     """
 
-    def __init__(self, signals: Sequence[signal.Signals], disk: Disk) -> None:
+    def __init__(self, signals: Sequence[Signals], disk: Disk) -> None:
         """Installs the handlers. InvalidError outside the main thread, where Python allows none."""
-        self.noted: signal.Signals | None = None
+        self.noted: Signals | None = None
         self.at = 0.0
         self._disk = disk
         self._process = disk.process()
-        self._earlier: dict[signal.Signals, _Earlier] = {}
-        self._handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]] = {}
+        self._earlier: dict[Signals, _Earlier] = {}
+        self._handlers: dict[Signals, Callable[[int, FrameType | None], None]] = {}
         if not signals:
             return
         if threading.current_thread() is not threading.main_thread():
@@ -73,7 +74,7 @@ class Preemption:
             signal.signal(each, self._handlers[each])
 
     @property
-    def watched(self) -> tuple[signal.Signals, ...]:
+    def watched(self) -> tuple[Signals, ...]:
         """The signals that have handlers of ours."""
         return tuple(self._handlers)
 
@@ -82,10 +83,10 @@ class Preemption:
         if self._disk.process() != self._process:
             return False
         if self.noted is None:
-            self.noted, self.at = signal.Signals(which), self._disk.seconds()
+            self.noted, self.at = Signals(which), self._disk.seconds()
         return True
 
-    def hand_on(self, which: signal.Signals) -> None:
+    def hand_on(self, which: Signals) -> None:
         """Give a signal to whoever handled it before; SystemExit with 128 + its number if nobody did."""
         self.noted = None
         earlier = self._earlier.get(which, signal.SIG_DFL)

@@ -31,6 +31,7 @@ class Wanted:
         why: what made it due, in words.
         epoch, metrics: as `Repo.commit` takes them.
         value: of the monitored metric; None if it was not given.
+        best: whether that is better than all that were saved before.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Wanted:
     epoch: int | float | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     value: float | None = None
+    best: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ LAYERS = (
     {"history"},  # may import state; state never imports it
     {"maintenance"},
     {"rng"},  # a leaf of states, public by itself
-    {"opening"},
+    {"opening", "importing"},
     {"background"},
     {"repo"},
     {"training"},
@@ -59,7 +59,7 @@ OWNERS = {
     "tempfile": ["disk.py", "companion.py"],
     "subprocess": ["companion.py", "history/environment.py"],  # there to ask git
     "socket": ["companion.py"],
-    "signal": ["companion.py"],
+    "signal": ["companion.py", "training/preemption.py"],
     "hypothesis": ["testing/strategies.py"],
 }
 """Each library and each door to the operating system has one owner; `testing` doubles those doors."""

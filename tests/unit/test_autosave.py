@@ -7,6 +7,7 @@ import errno
 import logging
 import math
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -92,6 +93,39 @@ def train(state: dict[str, Any]) -> int:
     return int(state["step"])
 
 
+class Refusal:
+    """A disk that refuses what is saved, in this process or in the one that writes in the background."""
+
+    def __init__(self, repo: Repo, clock: Clock, blocking: bool) -> None:
+        self.repo, self.clock, self.blocking = repo, clock, blocking
+
+    def begin(self, error: int = errno.ENOSPC) -> None:
+        if self.blocking:
+            self.clock.arm(3, error)
+        else:
+            self._limit(600)
+
+    def end(self) -> None:
+        self.clock.heal()
+        if not self.blocking:
+            self._limit(resource.RLIM_INFINITY)
+
+    def _limit(self, most: int) -> None:
+        """The writer process may write no larger files."""
+        background = self.repo._shared.background
+        assert background is not None
+        assert background._companion is not None
+        _, hard = resource.prlimit(background._companion.number, resource.RLIMIT_FSIZE)
+        resource.prlimit(background._companion.number, resource.RLIMIT_FSIZE, (most, hard))
+
+
+@pytest.fixture
+def refusal(repo: Repo, clock: Clock, blocking: bool) -> Refusal:
+    if not blocking and not hasattr(resource, "prlimit"):
+        pytest.skip("only Linux can limit what another process writes")
+    return Refusal(repo, clock, blocking)
+
+
 def go_on(save: Autosave, state: dict[str, Any], count: int) -> None:
     for _ in range(count):
         save.step(train(state))
@@ -141,7 +175,7 @@ def test_every_n_steps_when_steps_are_told_in_strides(repo: Repo) -> None:
 
 def test_every_t_minutes(repo: Repo, clock: Clock) -> None:
     state = new_state()
-    with Autosave(repo, state, every="15min", save_last=False) as save:
+    with Autosave(repo, state, every="15min", save_last=False, blocking=True) as save:
         for _ in range(100):
             clock.time += 60
             save.step(train(state))
@@ -150,13 +184,14 @@ def test_every_t_minutes(repo: Repo, clock: Clock) -> None:
 
 def test_whichever_comes_first(repo: Repo, clock: Clock) -> None:
     state = new_state()
-    with Autosave(repo, state, every=(10, "5min"), save_last=False) as save:
+    with Autosave(repo, state, every=(10, "5min"), save_last=False, blocking=True) as save:
         for n in range(40):
             clock.time += 100 if n < 10 else 1
             save.step(train(state))
     assert steps(repo) == [3, 6, 9, 10, 20, 30, 40]
 
 
+@pytest.mark.slow
 def test_auto_stays_within_the_overhead(repo: Repo, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ckptvcs")
     state = {**new_state(), "tick": Tick(clock)}
@@ -233,7 +268,7 @@ def test_the_best_are_saved_and_marked(repo: Repo, caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.INFO, "ckptvcs")
     state = new_state()
     losses = {2: 0.9, 4: math.nan, 6: 0.5, 8: 0.7, 10: 0.5}
-    with Autosave(repo, state, every=10, monitor="val_loss") as save:
+    with Autosave(repo, state, every=10, monitor="val_loss", blocking=True) as save:
         for _ in range(12):
             step = train(state)
             save.step(step, {"val_loss": losses[step]} if step in losses else {"lr": 0.1})
@@ -273,7 +308,7 @@ def test_the_mode_is_recorded(place: Path, repo: Repo) -> None:
     with Autosave(repo, new_state(), every=1, monitor="val_loss", mode="min"):
         assert repo.config.metric_mode("val_loss") is None  # the name says so already
     state = new_state()
-    with Autosave(repo, state, every=1, monitor="reward", mode="max") as save:
+    with Autosave(repo, state, every=1, monitor="reward", mode="max", blocking=True) as save:
         for value in (1.0, 3.0, 2.0):
             save.step(train(state), {"reward": value})
         assert save.best is not None
@@ -409,6 +444,7 @@ def history(place: Path) -> list[tuple[Any, ...]]:
         ][::-1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_decides_as_one_that_was_not(place: Path) -> None:
     """Best marks, patience and saves are those of the uninterrupted run, wherever it is cut."""
     other = place.parent / "cut"
@@ -435,19 +471,22 @@ def test_counters_from_commits_that_no_autosave_made(place: Path, repo: Repo) ->
 
 def test_a_fork_continues_and_a_fresh_start_does_not(place: Path, repo: Repo) -> None:
     state = new_state()
-    with Autosave(repo, state, every=2, monitor="loss") as save:
+    with Autosave(repo, state, every=2, monitor="loss", blocking=True) as save:
         for value in (0.5, 0.4, 0.3, 0.2):
             save.step(train(state), {"loss": value})
     fork = repo.on("fork")
     fork.restore(state, "main@step:2")
-    with Autosave(fork, state, every=2, monitor="loss") as save:
+    with Autosave(fork, state, every=2, monitor="loss", blocking=True) as save:
         assert save.best is not None
         assert save.best.step == 2
         save.step(train(state), {"loss": 0.45})
         save.step(train(state), {"loss": 0.35})
         assert save.best.step == 4
     assert steps(fork) == [1, 2, 4]
-    with Repo.open(place, branch="main") as fresh, Autosave(fresh, state, every=2, monitor="loss") as save:
+    with (
+        Repo.open(place, branch="main") as fresh,
+        Autosave(fresh, state, every=2, monitor="loss", blocking=True) as save,
+    ):
         assert save.best is None
         assert save.last is None
 
@@ -550,11 +589,11 @@ def test_the_branch_is_claimed(place: Path, repo: Repo, monkeypatch: pytest.Monk
 
 def test_a_stolen_branch_is_noticed(place: Path, repo: Repo) -> None:
     state, theirs = new_state(), new_state()
-    save = Autosave(repo, state, every=1, on_error="warn")
+    save = Autosave(repo, state, every=1, on_error="warn", blocking=True)
     save.step(train(state))
     with Repo.open(place) as other:
         other.restore(theirs)
-        with Autosave(other, theirs, every=1, steal=True) as thief:
+        with Autosave(other, theirs, every=1, steal=True, blocking=True) as thief:
             with pytest.raises(LockedError, match="main was taken over by this process") as caught:
                 save.step(train(state))
             assert caught.value.code == "claimed"
@@ -563,7 +602,28 @@ def test_a_stolen_branch_is_noticed(place: Path, repo: Repo) -> None:
         assert other.lost() == {}
         with pytest.raises(LockedError):  # nothing of it is left to be saved in silence
             save.close()
-        Autosave(other, theirs, every=1).close()  # and its end frees nothing of others
+        Autosave(other, theirs, every=1, blocking=True).close()  # and its end frees nothing of others
+
+
+def test_claiming_before_restoring(place: Path, repo: Repo) -> None:
+    """So that a job that saves all the time can be taken over from."""
+    state, theirs = new_state(), new_state()
+    first = Autosave(repo, state, every=1, blocking=True)
+    go_on(first, state, 3)
+    with Repo.open(place) as other:
+        claim = other.claim(steal=True)
+        assert other.restore(theirs).step == 3
+        with Autosave(other, theirs, every=1) as save:
+            go_on(save, theirs, 2)
+            with pytest.raises(LockedError, match="by this process"):  # one is enough
+                Autosave(other, theirs, every=1)
+        assert claim.held  # it is the caller's
+        with Autosave(other, theirs, every=1):
+            pass
+        claim.release()
+        assert steps(other) == [1, 2, 3, 4, 5]
+    with pytest.raises(LockedError):
+        go_on(first, state, 1)
 
 
 def test_a_closed_autosave(repo: Repo) -> None:
@@ -577,29 +637,33 @@ def test_a_closed_autosave(repo: Repo) -> None:
 # -- errors ---------------------------------------------------------------------------------------
 
 
-def test_errors_are_raised(repo: Repo, clock: Clock) -> None:
+def test_errors_are_raised(repo: Repo, blocking: bool, refusal: Refusal) -> None:
     state = new_state()
-    save = Autosave(repo, state, every=1)
-    clock.arm(1, errno.ENOSPC)
-    with pytest.raises(StorageError, match="full"):
-        go_on(save, state, 3)
-    clock.heal()
+    save = Autosave(repo, state, every=2, blocking=blocking)
+    go_on(save, state, 2)
+    save.wait()
+    refusal.begin()
+    with pytest.raises(StorageError, match="cannot write"):
+        go_on(save, state, 5)
+    refusal.end()
+    assert steps(repo) == [2]
     save.close()  # tries the last step again
-    assert steps(repo) == [state["step"]]
+    assert steps(repo) == [2, state["step"]]
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_training_goes_on_while_the_disk_is_full(
-    repo: Repo, clock: Clock, error: int, blocking: bool, caplog: pytest.LogCaptureFixture
+    repo: Repo, blocking: bool, refusal: Refusal, error: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = new_state()
     with Autosave(repo, state, every=5, on_error="warn", blocking=blocking) as save:
         for _ in range(22):
             if state["step"] in (7, 12):  # an I/O error happens once, so twice
-                clock.arm(3, error)
+                refusal.begin(error)
             elif state["step"] == 17:
-                clock.heal()
+                refusal.end()
             assert save.step(train(state))
+            save.wait()
     assert steps(repo) == [5, 20, 22]
     said = lines(caplog)
     assert [line.split(":")[0] for line in said if "could not" in line] == [
@@ -611,9 +675,24 @@ def test_training_goes_on_while_the_disk_is_full(
     assert repo.fsck(full=True).ok
 
 
+def test_a_best_that_could_not_be_saved_is_not_the_best(repo: Repo, blocking: bool, refusal: Refusal) -> None:
+    state = new_state()
+    with Autosave(repo, state, every=100, monitor="loss", on_error="warn", blocking=blocking) as save:
+        for loss in (0.9, 0.3, 0.5, 0.6):
+            if loss == 0.3:
+                refusal.begin()
+            save.step(train(state), {"loss": loss})
+            save.wait()
+            if loss == 0.3:
+                refusal.end()
+        assert save.best is not None
+        assert save.best.step == 3
+    assert steps(repo) == [1, 3, 4]
+
+
 def test_a_failed_save_is_tried_again_before_the_next_is_due(repo: Repo, clock: Clock) -> None:
     state = new_state()
-    with Autosave(repo, state, every="6h", on_error="warn", save_last=False) as save:
+    with Autosave(repo, state, every="6h", on_error="warn", save_last=False, blocking=True) as save:
         for n in range(1, 22_000 // 30):
             clock.time += 30
             if n == 719:
@@ -625,15 +704,15 @@ def test_a_failed_save_is_tried_again_before_the_next_is_due(repo: Repo, clock: 
     assert whys(repo) == ["trying again"]
 
 
-def test_a_last_save_that_fails_is_an_error(repo: Repo, clock: Clock) -> None:
+def test_a_last_save_that_fails_is_an_error(repo: Repo, blocking: bool, refusal: Refusal) -> None:
     state = new_state()
-    save = Autosave(repo, state, every=5, on_error="warn")
-    for _ in range(6):
-        save.step(train(state))
-    clock.arm(1, errno.ENOSPC)
-    with pytest.raises(StorageError, match="full"):
+    save = Autosave(repo, state, every=5, on_error="warn", blocking=blocking)
+    go_on(save, state, 6)
+    save.wait()
+    refusal.begin()
+    with pytest.raises(StorageError, match="cannot write"):
         save.close()
-    clock.heal()
+    refusal.end()
     assert steps(repo) == [5]
     Autosave(repo, state, every=5).close()
 
@@ -766,24 +845,25 @@ def test_a_forgotten_autosave_does_not_swallow_signals(place: Path, clock: Clock
     assert seen == [signal.SIGUSR1]
 
 
-def test_a_signal_when_saving_fails(repo: Repo, clock: Clock) -> None:
+def test_a_signal_when_saving_fails(repo: Repo, blocking: bool, refusal: Refusal) -> None:
     state = new_state()
-    clock_armed = Autosave(repo, state, every=100, on_error="warn")
-    clock_armed.step(train(state))
+    warning = Autosave(repo, state, every=100, on_error="warn", blocking=blocking)
+    warning.step(train(state), now=True)
+    warning.wait()
     signal.raise_signal(signal.SIGTERM)
-    clock.arm(1, errno.ENOSPC)
+    refusal.begin()
     with pytest.raises(SystemExit) as caught:
-        clock_armed.step(train(state))
+        warning.step(train(state))
     assert caught.value.code == 143
     with pytest.raises(StorageError):
-        clock_armed.close()
-    raising = Autosave(repo, state, every=100)
+        warning.close()
+    raising = Autosave(repo, state, every=100, blocking=blocking)
     signal.raise_signal(signal.SIGTERM)
     with pytest.raises(StorageError):
         raising.step(train(state))
-    clock.heal()
+    refusal.end()
     raising.close()
-    assert steps(repo) == [3]
+    assert steps(repo) == [1, 3]
 
 
 def test_other_threads_have_no_signals(place: Path, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -822,7 +902,7 @@ def test_other_threads_have_no_signals(place: Path, clock: Clock, caplog: pytest
 
 def test_wishes_for_retention_are_said_and_recorded(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
     state = new_state()
-    with Autosave(repo, state, every=2, monitor="loss", keep_last=2, keep_best=1) as save:
+    with Autosave(repo, state, every=2, monitor="loss", keep_last=2, keep_best=1, blocking=True) as save:
         (said,) = [line for line in lines(caplog) if "retention" in line]
         assert said == (
             "keep_last=2, keep_best=1: recorded in each commit for retention; "
@@ -842,7 +922,7 @@ def test_wishes_for_retention_are_said_and_recorded(repo: Repo, caplog: pytest.L
 
 def test_without_a_policy_all_are_kept(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
     state = new_state()
-    with Autosave(repo, state, every=1) as save:
+    with Autosave(repo, state, every=1, blocking=True) as save:
         assert save.kept() == []
         for _ in range(3):
             save.step(train(state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -17,13 +18,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptvcs import Repo
+from ckptvcs import Repo, StorageError
 from ckptvcs.disk import Disk
 from ckptvcs.state import files, tree
 from ckptvcs.state.formats import layout
 from ckptvcs.state.formats.layout import File, Layout, Tensor, TensorSource
 from ckptvcs.testing.memory import MemoryStore
-from tests.unit.checkpoint_files import layout_of, npy, npz, numbers, safetensors, saved, torch, zipped
+from tests.unit.checkpoint_files import (
+    layout_of,
+    nested,
+    npy,
+    npz,
+    numbers,
+    safetensors,
+    saved,
+    torch,
+    zipped,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -79,24 +90,52 @@ def test_files_with_bytes_changed_at_random(kind: str, edits: list[tuple[int, in
     comes_back(bytes(data), tmp_path)
 
 
-@pytest.mark.slow
-@settings(
-    max_examples=1000,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    print_blob=True,
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["set", "set", "opcode", "cut", "repeat"]),
+        st.integers(0, 1 << 20),
+        st.integers(0, 255),
+    ),
+    min_size=1,
+    max_size=12,
 )
-@given(edits=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=8))
-def test_pickles_with_bytes_changed_at_random(edits: list[tuple[int, int]], tmp_path: Path) -> None:
+OPCODES = b"(0t}]sueaRbqhKJMNQcX.\x85\x86\x87\x81\x89\x88\x8a2lod1\x94\x93"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", [2, 4])
+@settings(max_examples=1500, deadline=None, print_blob=True)
+@given(edits=EDITS)
+def test_pickles_with_bytes_changed_at_random(protocol: int, edits: list[tuple[str, int, int]]) -> None:
     """Within the archive: what is around the pickle stays in order, so that its machine is reached."""
-    whole = io.BytesIO(SMALL["torch"])
-    with zipfile.ZipFile(whole) as archive:
-        names = {info.filename: archive.read(info) for info in archive.infolist()}
-    head = next(name for name in names if name.endswith("data.pkl"))
-    data = bytearray(names[head])
-    for at, byte in edits:
-        data[at % len(data)] = byte
-    comes_back(zipped(names | {head: bytes(data)}), tmp_path)
+    members = members_of(protocol)
+    head = next(name for name in members if name.endswith("data.pkl"))
+    data = bytearray(members[head])
+    for way, at, value in edits:
+        at %= len(data)
+        if way == "cut" and len(data) > 500:
+            del data[at : at + 1 + value % 30]
+        elif way == "repeat":
+            data[at:at] = data[(at * 7) % len(data) :][: value % 60]
+        else:
+            data[at] = value if way == "set" else OPCODES[value % len(OPCODES)]
+    whole = zipped(members | {head: bytes(data)})
+    found = layout_of(whole)
+    assert found is not None
+    assert sum(part.spec.nbytes for part in found.parts) == sum(
+        len(each) for name, each in members.items() if "/data/" in name
+    )
+    file = File(len(whole), lambda offset, length: whole[offset : offset + length])
+    for tensor in found.tensors:
+        if tensor.spec.nbytes < 1 << 20:
+            assert len(TensorSource(file, tensor).read(0, tensor.spec.nbytes)) == tensor.spec.nbytes
+
+
+@functools.cache
+def members_of(protocol: int) -> dict[str, bytes]:
+    """The members of a torch archive in which much is nested and shared."""
+    with zipfile.ZipFile(io.BytesIO(saved(nested(), pickle_protocol=protocol))) as archive:
+        return {info.filename: archive.read(info) for info in archive.infolist()}
 
 
 def with_pickle(data: bytes, **storages: bytes) -> bytes:
@@ -224,6 +263,8 @@ HOSTILE_PICKLES: dict[str, bytes] = {
     "marks": b"\x80\x02" + b"(" * 1_000_000 + b".",
     "pops the mark": b"\x80\x02(0." + b"(00.",
     "appends to nothing": b"\x80\x02NNa.",
+    "appends to a dict": b"\x80\x02}K\1a.",
+    "pairs in a list": b"\x80\x02]K\1K\2s.",
     "a set of what has no order": b"\x80\x02K\1s.",
     "builds on a number": b"\x80\x02K\1}b.",
     "outside its storage": b"\x80\x02" + rebuilt("0", 100, 50, [100], [1]) + b".",
@@ -261,6 +302,34 @@ def test_more_tensors_than_one_in_a_storage() -> None:
         ("0", (10,), None), ("data/0[40:80]", (10,), None), ("2", (5, 4), [1, 0]),
         ("data/0[160:400]", (60,), None),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [(2, 2), (1, 3), (3, 1), (4, 0), (0, 4), (2, 1)])
+def test_only_what_touches_each_byte_once_is_stored_as_a_tensor(
+    steps: tuple[int, int], tmp_path: Path
+) -> None:
+    """Steps of 2 and 2 reach as far as 3 by 3 elements have bytes, and leave some out."""
+    made = with_pickle(
+        b"\x80\x02" + rebuilt("0", 400, 0, [3, 3], steps) + b".", **{"0": bytes(range(250)) * 7}
+    )
+    found = comes_back(made, tmp_path)
+    assert found is not None
+    wide = with_pickle(
+        b"\x80\x02" + rebuilt("0", 400, 0, [20, 20], (steps[0] * 5, steps[1] * 5)) + b".",
+        **{"0": numbers(1, 400).tobytes()},
+    )
+    comes_back(wide, tmp_path)
+    named = [part for part in found.parts if part.name == "tensor"]
+    assert bool(named) == (steps in ((1, 3), (3, 1)))
+
+
+def test_steps_that_reach_as_far_as_the_bytes_come_back(tmp_path: Path) -> None:
+    """A large one, which would not stay in the rest of its file: 101 by 101, steps of 51 and 51."""
+    raw = numbers(1, 101 * 101).tobytes()
+    data = with_pickle(b"\x80\x02" + rebuilt("0", 101 * 101, 0, [101, 101], (51, 51)) + b".", **{"0": raw})
+    found = comes_back(data, tmp_path)
+    assert found is not None
+    assert [part.name for part in found.parts] == ["data/0[0:40804]"]
 
 
 def _zip_cases() -> dict[str, bytes]:
@@ -413,3 +482,26 @@ def test_tensors_that_are_not_in_c_order_share_the_memory_they_may_have(
     assert all(length == 4000 for length in reads)
     sources[-1].read(0, 100)
     assert sources[-1]._whole is None, "every byte has been given"
+
+
+def test_a_mistake_in_a_parser_fails_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def mistaken(file: File) -> Any:
+        raise KeyError("a case nobody thought of")
+
+    monkeypatch.setattr(files, "recognise", mistaken)
+    comes_back(SMALL["torch"], tmp_path)
+    assert "stored as plain bytes" in caplog.text
+    assert str(tmp_path / "file") in caplog.text
+
+
+def test_a_disk_that_fails_while_a_file_is_looked_into_fails_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(file: File) -> Any:
+        raise StorageError("input/output error")
+
+    monkeypatch.setattr(files, "recognise", failing)
+    with pytest.raises(StorageError):
+        comes_back(SMALL["torch"], tmp_path)

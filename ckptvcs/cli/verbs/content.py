@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckptvcs.cli import output, session, shapes
-from ckptvcs.cli.options import json_option, revision_argument
+from ckptvcs.cli.options import complete_revision, json_option, revision_argument
 from ckptvcs.errors import InvalidError, NotFoundError
 
 if TYPE_CHECKING:
@@ -25,21 +25,30 @@ _Listed = TypeVar("_Listed", "Entry", "FileEntry")
 
 
 @click.command()
-@revision_argument()
+@click.argument("revision", metavar="[REV|FILE]", default="HEAD", shell_complete=complete_revision)
 @click.argument("patterns", metavar="[PATTERN...]", nargs=-1)
 @click.option("-l", "--long", "long", is_flag=True, help="Exact bytes; chunks of tensors, BLAKE3 of files.")
 @json_option
 def ls(revision: str, patterns: tuple[str, ...], long: bool, as_json: bool) -> None:
-    """List what a commit holds.
+    """List what a commit holds, or a checkpoint file.
 
     The tensors and values of a state, and files. Nothing but names, types and sizes is read. A plain
     PATTERN is a name with all below it, * stops at /, ** does not. Beside what an optimizer holds stands
     the parameter it belongs to, where the commit tells which.
 
+    FILE is a checkpoint (safetensors, a torch archive, .npz, .npy) or a folder of some; no repository is
+    needed. What begins with ./, ../ or / is a file; anything else is a revision if there is one of that
+    name, and a file otherwise.
+
     \b
     ckpt ls
     ckpt ls main~3 'model/**/weight'
+    ckpt ls ./checkpoint-500 '**/lm_head.*'
     """
+    file = session.file_named(revision)
+    if file is not None:
+        _list_file(file, patterns, long, as_json)
+        return
     with session.opened() as repo:
         commit = _commit_to_list(repo, revision)
         entries, files = _content(repo, commit, patterns)
@@ -71,6 +80,52 @@ def ls(revision: str, patterns: tuple[str, ...], long: bool, as_json: bool) -> N
         output.table([_file_row(entry, size, long) for entry in files], right=(1,))
     counts = [output.counted(count, noun[:-1]) for noun, count in total.items() if noun != "bytes" and count]
     output.line(f"{', '.join(counts) or 'nothing'}, {size(total['bytes'])}{' bytes' if long else ''}")
+
+
+def _list_file(path: Path, patterns: Sequence[str], long: bool, as_json: bool) -> None:
+    from ckptvcs.disk import Disk
+    from ckptvcs.state.checkpoint import open_checkpoint, selected
+
+    found = open_checkpoint(Disk(), path)
+    if patterns:
+        (found,) = selected([found], patterns)
+    tensors, leaves, others = found.tensors, found.leaves, found.others
+    total = {
+        "tensors": len(tensors),
+        "values": len(leaves),
+        "files": len(others),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+    }
+    if as_json:
+        output.data(
+            {
+                **shapes.checkpoint_shape(found),
+                "entries": [
+                    *(shapes.tensor_shape(name, tensor) for name, tensor in tensors.items()),
+                    *(shapes.value_shape(name, value) for name, value in leaves.items()),
+                ],
+                "files": [{"path": name, "bytes": other.nbytes} for name, other in others.items()],
+                "total": total,
+            }
+        )
+        return
+    size = (lambda count: f"{count:,}") if long else output.size
+    if tensors:
+        output.table(
+            [
+                (name, tensor.dtype, f"[{', '.join(map(str, tensor.shape))}]", size(tensor.nbytes))
+                for name, tensor in tensors.items()
+            ],
+            right=(3,),
+        )
+    if leaves:
+        output.table([(name, type(value).__name__, shapes.preview(value)) for name, value in leaves.items()])
+    if others:
+        rows = [(name, "no tensors", size(other.nbytes)) for name, other in others.items()]
+        output.table(rows, right=(2,))
+    counts = [output.counted(count, noun[:-1]) for noun, count in total.items() if noun != "bytes" and count]
+    tail = " bytes" if long else ""
+    output.line(f"{found.format}: {', '.join(counts) or 'nothing'}, {size(total['bytes'])}{tail} of tensors")
 
 
 def _commit_to_list(repo: Repo, revision: str) -> Commit:

@@ -76,6 +76,11 @@ class Tensor:
         return dense_order_of(self.spec.shape, self.strides, self.spec.item)
 
     @property
+    def dense(self) -> bool:
+        """Whether it has some bytes, and touches each byte of its extent once."""
+        return self.spec.nbytes > 0 and (self.strides is None or self.order is not None)
+
+    @property
     def extent(self) -> int:
         """Bytes from the first to behind the last that it touches."""
         if self.strides is None or not self.spec.nbytes:
@@ -114,11 +119,7 @@ def shape_of(value: object) -> tuple[int, ...] | None:
 def apart(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Dense tensors of a file that share no byte, by offset: of those that overlap, the one that begins
     first, and of these the largest."""
-    dense = [
-        tensor
-        for tensor in tensors
-        if tensor.spec.nbytes and (tensor.strides is None or tensor.extent == tensor.spec.nbytes)
-    ]
+    dense = [tensor for tensor in tensors if tensor.dense]
     dense.sort(key=lambda tensor: (tensor.offset, -tensor.spec.nbytes))
     found: list[Tensor] = []
     end = 0

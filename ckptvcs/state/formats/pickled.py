@@ -204,12 +204,16 @@ class _Machine:
         self._push(made)
 
     def do_append(self) -> None:
-        item = self._pop()
-        self._top().items.append(item)
+        self._extend([self._pop()])
 
     def do_appends(self) -> None:
-        items = self._popped()
-        self._top().items.extend(items)
+        self._extend(self._popped())
+
+    def _extend(self, items: list[Any]) -> None:
+        top = self._top()
+        if type(top) not in (Items, Call):
+            raise OddError
+        top.items.extend(items)
 
     def do_setitem(self) -> None:
         value, key = self._pop(), self._pop()
@@ -221,6 +225,8 @@ class _Machine:
 
     def _set(self, pairs: list[tuple[Any, Any]]) -> None:
         top = self._top()
+        if type(top) not in (Pairs, Call):
+            raise OddError
         (top.pairs if type(top) is Call else top.items).extend(pairs)
 
     def do_name(self) -> None:

@@ -26,7 +26,7 @@ def _is_sound(file: File, layout: Layout) -> bool:
     """What every user of a layout relies on, whichever parser made it."""
     end = 0
     for part in layout.parts:
-        if part.offset < end or not part.spec.nbytes or part.extent != part.spec.nbytes:
+        if part.offset < end or not part.dense:
             return False
         end = part.offset + part.spec.nbytes
     names = {part.name for part in layout.parts}
