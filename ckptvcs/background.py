@@ -43,12 +43,14 @@ class PendingCommit:
     Attributes:
         blocked: seconds for which the call kept its caller.
         waited: of these, seconds in which an earlier save was still in flight.
+        background: seconds from then until it ended; 0 while it is in flight.
         skipped: True if nothing was saved, because one was in flight and `when_busy` was "skip".
     """
 
     def __init__(self, *, waited: float = 0.0, skipped: bool = False) -> None:
         """Made by `Repo.commit_async`."""
         self.blocked = 0.0
+        self.background = 0.0
         self.waited = waited
         self.skipped = skipped
         self._ended = threading.Event()
@@ -140,6 +142,8 @@ class Background:
         prepare: Callable[[], tuple[Prepared, dict[str, Any]]],
         announce: Callable[[PendingCommit], None],
         deliver: Deliver,
+        *,
+        quiet: bool = False,
     ) -> PendingCommit:
         """Copy what `prepare` gives, have it stored, and return as soon as the state may change.
 
@@ -149,6 +153,7 @@ class Background:
             prepare: looks at the state, and says what the writer is to do (`saver.Task`).
             announce: told of the save before it is certain to happen, so that no interruption hides it.
             deliver: called on another thread.
+            quiet: log nothing when it has ended.
         """
         asked = self._seconds()
         if not self._turn.acquire(blocking=wait):
@@ -165,7 +170,7 @@ class Background:
             # On a thread of its own, where no signal interrupts it half way.
             carrier = threading.Thread(
                 target=self._carry,
-                args=(companion, header, begun, sent, pending, deliver),
+                args=(companion, header, begun, sent, pending, deliver, quiet),
                 name="ckptvcs-pending",
                 daemon=True,
             )
@@ -212,6 +217,7 @@ class Background:
         sent: threading.Event,
         pending: PendingCommit,
         deliver: Deliver,
+        quiet: bool,
     ) -> None:
         """One save, from the message to its outcome."""
         commit: Commit | None = None
@@ -237,11 +243,12 @@ class Background:
             sent.set()
         # The turn is free before the outcome is known: whoever waited for it may save at once.
         self._turn.release()
-        if commit is not None and commit.report is not None:
+        pending.background = self._seconds() - begun - pending.blocked
+        if commit is not None and commit.report is not None and not quiet:
             _log.info(
                 "blocked %.2f s, background %.1f s, new %s of %s",
                 pending.blocked,
-                self._seconds() - begun - pending.blocked,
+                pending.background,
                 in_bytes(commit.report.new),
                 in_bytes(commit.report.given),
             )

@@ -491,6 +491,7 @@ class Repo:
         environment: Mapping[str, Any] | None = None,
         when_busy: str = "wait",
         frozen: str | Sequence[str] = (),
+        quiet: bool = False,
     ) -> PendingCommit:
         """Save a state in the background. When the call returns, everything is copied, files included,
         and the state may change; the commit is durable once `PendingCommit.result` returns it.
@@ -505,6 +506,7 @@ class Repo:
                 tensors among them whose version counter says that nothing was written since the last
                 call, no new copy is made. Writes that torch does not count are missed: through
                 `tensor.data`, a numpy view, or foreign code.
+            quiet: do not log a line at level INFO when the save has ended.
             others: as in `commit`.
 
         Extra memory is one copy of the state and files, kept for the next call, and what the writer
@@ -557,6 +559,7 @@ class Repo:
                 prepare,
                 announce=self._begin,
                 deliver=lambda answer: self._delivered(answer, fields),
+                quiet=quiet,
             )
 
     def _begin(self, pending: PendingCommit) -> None:

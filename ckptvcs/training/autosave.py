@@ -130,6 +130,7 @@ class Autosave:
         self._seen: Wanted | None = None
         self._saved_step: int | None = None
         self._given = False
+        self._waited = 0.0
         self._claim: Claim | None = None
         self._uses: Claim | None = None
         self._exit: Callable[[], None] | None = None
@@ -393,8 +394,7 @@ class Autosave:
         """Wait for the save under way: there is only ever one."""
         began = self._disk.seconds()
         self._take(self._saver.finished(wait=True))
-        if (waited := self._disk.seconds() - began) > 0.1:
-            _log.info("waited %s for the save before", in_time(waited))
+        self._waited = self._disk.seconds() - began
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -409,7 +409,10 @@ class Autosave:
         value = None if value is None else float(value)
         best = value is not None and self._monitor is not None and self._monitor.saving(value)
         with self._ranks.looking():
-            self._saver.begin(Wanted(wanted.step, why, wanted.epoch, metrics, value, best), self._record(why))
+            self._saver.begin(
+                Wanted(wanted.step, why, wanted.epoch, metrics, value, best, self._waited), self._record(why)
+            )
+        self._waited = 0.0
         self._saved_at, self._work = self._disk.seconds(), 0.0
         if not self._ranks.agreeing:  # else at the next step, where all ranks learn of an error
             self._take(self._saver.finished(wait=False))
@@ -454,9 +457,8 @@ class Autosave:
             self._best = commit
         _log.info("%s", _line(saved, commit, self._repo.branch_name, self._metric))
         if self._planner is not None:
-            writing = commit.report.seconds if commit.report is not None else saved.blocked
             first = self._planner.plan is None
-            if (plan := self._planner.saved(saved.blocked, writing)) is not None:
+            if (plan := self._planner.saved(saved.blocked, saved.background)) is not None:
                 level = logging.INFO if first else logging.DEBUG
                 _log.log(level, "%s", plan.reasoning(self._planner.max_overhead, self._planner.mtbf))
 
@@ -661,9 +663,12 @@ def _detached(value: Any) -> Any:
 def _line(saved: Saved, commit: Commit, branch: str | None, metric: str | None) -> str:
     """A save in one line."""
     report = commit.report
-    parts = [f"blocked {in_time(saved.blocked)}"]
+    parts = [
+        f"waited {in_time(saved.wanted.waited)}",
+        f"blocked {in_time(saved.blocked)}",
+        f"background {in_time(saved.background)}",
+    ]
     if report is not None:
-        parts.append(f"background {in_time(max(0.0, report.seconds - saved.blocked))}")
         parts.append(f"new {in_bytes(report.new)} of {in_bytes(report.given)}")
     if saved.wanted.value is not None:
         parts.append(f"{metric} {saved.wanted.value:.6g}" + (" (best)" if saved.wanted.best else ""))

@@ -11,7 +11,13 @@ from ckptvcs.repo import Repo
 
 
 class Pending(Protocol):
-    """A save under way: `PendingCommit`, or one that is over already."""
+    """A save under way: `PendingCommit`, or one that is over already.
+
+    Attributes:
+        background: seconds from when the caller went on until it was over.
+    """
+
+    background: float
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once."""
@@ -32,6 +38,7 @@ class Wanted:
         epoch, metrics: as `Repo.commit` takes them.
         value: of the monitored metric; None if it was not given.
         best: whether that is better than all that were saved before.
+        waited: seconds for which the save before held it up.
     """
 
     step: int
@@ -40,6 +47,7 @@ class Wanted:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     value: float | None = None
     best: bool = False
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +58,13 @@ class Saved:
         wanted: what it was.
         outcome: the commit, or the error.
         blocked: seconds for which training stood still.
+        background: seconds from then until it was over.
     """
 
     wanted: Wanted
     outcome: Commit | Exception
     blocked: float
+    background: float
 
 
 class _Over:
@@ -62,6 +72,7 @@ class _Over:
 
     def __init__(self, outcome: Commit | Exception) -> None:
         self._outcome = outcome
+        self.background = 0.0
 
     def done(self) -> bool:
         return True
@@ -108,7 +119,7 @@ class Saver:
             if self._blocking:
                 pending = _Over(self._repo.commit(self._state, **arguments))
             else:
-                pending = self._repo.commit_async(self._state, **arguments)
+                pending = self._repo.commit_async(self._state, **arguments, quiet=True)
         except Exception as error:  # noqa: BLE001 - raised when the outcome is taken out
             pending = _Over(error)
         self._under_way = wanted, pending, self._repo.disk.seconds() - began
@@ -123,4 +134,4 @@ class Saver:
         except Exception as error:  # noqa: BLE001 - the caller decides
             outcome = error
         self._under_way = None
-        return Saved(wanted, outcome, blocked)
+        return Saved(wanted, outcome, blocked, pending.background)

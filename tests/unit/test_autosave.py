@@ -288,7 +288,7 @@ def test_the_best_are_saved_and_marked(repo: Repo, caplog: pytest.LogCaptureFixt
     assert "saved step 6 on main as " in saved[1]
     assert saved[1].endswith(", val_loss 0.5 (best)")
     assert saved[2].endswith(", val_loss 0.5")
-    assert "blocked 0 ms, background 0 ms, new " in saved[0]
+    assert "waited 0 ms, blocked 0 ms, background 0 ms, new " in saved[0]
     assert " of 8" in saved[0]
 
 
