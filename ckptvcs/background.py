@@ -103,13 +103,11 @@ class PendingCommit:
             _untold.add(self)
         self._ended.set()
 
-    def disown(self) -> None:
-        """In a forked child: the save is its parent's."""
+    def give_up(self, why: BaseException) -> None:
+        """Nothing comes of this save, and who has to know of that knows already."""
         if not self._ended.is_set():
-            self._ended = threading.Event()  # the parent's may have been held by a thread that is not here
-            self._error = CkptError(
-                "this save belongs to the process that began it", hint="ask there; a child makes its own"
-            )
+            self._ended = threading.Event()  # in a forked child a thread that is not here may hold the other
+            self._error = why
             self._ended.set()
 
 
@@ -142,6 +140,7 @@ class Background:
         begun: float,
         wait: bool,
         prepare: Callable[[], tuple[Prepared, dict[str, Any]]],
+        announce: Callable[[PendingCommit], None],
         deliver: Deliver,
         *,
         quiet: bool = False,
@@ -152,6 +151,7 @@ class Background:
             begun: when the caller was called, by this object's clock.
             wait: for the save in flight; otherwise this one is skipped.
             prepare: looks at the state, and says what the writer is to do (`saver.Task`).
+            announce: told of the save before it is certain to happen, so that no interruption hides it.
             deliver: called on another thread.
             quiet: log nothing when it has ended.
         """
@@ -174,10 +174,12 @@ class Background:
                 name="ckptvcs-pending",
                 daemon=True,
             )
+            announce(pending)
             carrier.start()
             sent.wait()
-        except BaseException:
+        except BaseException as error:
             if carrier is None or carrier.ident is None:
+                pending.give_up(error)
                 self._turn.release()
             raise
         return pending
@@ -203,7 +205,8 @@ class Background:
             _log.warning("the idle writer process %s; starting another", self._companion.end())
             self._companion = None
         if self._companion is None:
-            self._companion = Companion(_WRITER, self._memory, {"CKPT_THREADS": str(self._threads)})
+            told = {"CKPT_THREADS": str(self._threads), "CKPT_BRANCH": "", "CKPT_REPO": ""}
+            self._companion = Companion(_WRITER, self._memory, told)
         return self._companion
 
     def _carry(
@@ -366,8 +369,11 @@ def exit_in_failure() -> None:
 
 def _in_child() -> None:
     _untold.clear()
+    theirs = CkptError(
+        "this save belongs to the process that began it", hint="ask there; a forked child makes its own"
+    )
     for pending in list(_all_pending):
-        pending.disown()
+        pending.give_up(theirs)
     for background in list(_all):
         background.disown()
 

@@ -32,6 +32,9 @@ _LENGTH: Final = struct.Struct("<Q")
 _DEAF_TO: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE: Final = 60.0
 _NICENESS: Final = 19
+_STEP: Final = 64 << 20
+"""Bytes reserved at a time: a signal undoes what one call reserved, and the call begins again."""
+
 _HEADROOM: Final = 8
 """Address space grows by this share more than is asked for: a state that grows a little at each save would
 otherwise be mapped, page by page, each time."""
@@ -73,7 +76,8 @@ class SharedMemory:
                     os.ftruncate(self._fd, nbytes + nbytes // _HEADROOM)
                 # Without this the machine's refusal would come as a fatal signal at some later write.
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._fd, self._reserved, nbytes - self._reserved)
+                    for at in range(self._reserved, nbytes, _STEP):
+                        os.posix_fallocate(self._fd, at, min(_STEP, nbytes - at))
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise _no_memory(error, nbytes) from error
@@ -260,6 +264,7 @@ def run(main: object) -> None:
         os.set_inheritable(fd, False)
     assert callable(main)
     main(Channel(socket.socket(fileno=link)), SharedMemory.attached(memory))
+    os._exit(0)  # the interpreter would take its own modules apart, at this priority, while somebody waits
 
 
 @contextlib.contextmanager

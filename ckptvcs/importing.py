@@ -24,11 +24,11 @@ from ckptvcs.ids import Hasher, ObjectId
 _SUFFIXES: Final = frozenset((".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz", ".distcp"))
 _FOLDER: Final = re.compile(r"(?:checkpoint|ckpt|step|iter|epoch|ep|global_?step)\D{0,2}\d+\Z", re.IGNORECASE)
 _STEP_IN_NAME: Final = (
-    re.compile(r"(?:global_?step|step|iter(?:ation)?|ba)[=_-]?(\d{1,18})", re.IGNORECASE),
-    re.compile(r"(?:checkpoint|ckpt)[=_-]?(\d{1,18})", re.IGNORECASE),
+    re.compile(r"(?<![a-z])(?:global_?step|step|iter(?:ation)?|ba)[=_-]?(\d{1,18})", re.IGNORECASE),
+    re.compile(r"(?<![a-z])(?:checkpoint|ckpt)[=_-]?(\d{1,18})", re.IGNORECASE),
     re.compile(r"(\d{1,18})(?!.*\d)"),
 )
-_EPOCH_IN_NAME: Final = re.compile(r"(?:epoch|ep)[=_-]?(\d{1,9})", re.IGNORECASE)
+_EPOCH_IN_NAME: Final = re.compile(r"(?<![a-z])(?:epoch|ep)[=_-]?(\d{1,9})", re.IGNORECASE)
 _PART: Final = re.compile(
     r"-\d{5,6}-of-\d{5,6}\.|"
     r"\A(?:rng_state|random_states|optimizer|scheduler|scaler|custom_checkpoint|training_args)",

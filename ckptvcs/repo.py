@@ -101,7 +101,17 @@ class _Shared:
         self.author = author
         self.children: list[Repo] = []
         self.background: Background | None = None
+        self._mutex = ThreadLock()
         self.config = self.read_config()
+
+    def in_background(self) -> Background:
+        """What stores in the background, for all handles."""
+        from ckptvcs.background import Background
+
+        with self._mutex:
+            if self.background is None:
+                self.background = Background(self.store.grid, self.store.threads, self.store.disk.seconds)
+            return self.background
 
     def read_config(self) -> settings.Config:
         path = self.store.layout.config
@@ -509,7 +519,6 @@ class Repo:
         shared = self._open_shared()
         store = shared.store
         begun = store.disk.seconds()
-        from ckptvcs.background import Background
         from ckptvcs.state import files as file_trees
         from ckptvcs.state import tree as state_trees
         from ckptvcs.state.distributed import refuse_on_other_ranks
@@ -542,20 +551,19 @@ class Repo:
             }
 
         with store.operation():
-            if shared.background is None:
-                shared.background = Background(store.grid, store.threads, store.disk.seconds)
             if self._pending is not None and self._pending.done():
                 self._settle()
-            pending = shared.background.save(
+            return shared.in_background().save(
                 begun,
                 when_busy == "wait",
                 prepare,
-                lambda answer: self._delivered(answer, fields),
+                announce=self._begin,
+                deliver=lambda answer: self._delivered(answer, fields),
                 quiet=quiet,
             )
-            if not pending.skipped:
-                self._pending = pending
-            return pending
+
+    def _begin(self, pending: PendingCommit) -> None:
+        self._pending = pending
 
     def _delivered(self, answer: Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Commit | None:
         """The commit that the writer process made, where this handle stands from now on. Without an
@@ -865,8 +873,12 @@ class Repo:
             into: the structure to fill, laid out like the state that was committed.
             rev: another commit. If it is not the branch's tip, commits need a branch of their own.
             only: fill only what matches (patterns as in `checkout`).
-            strict: raise StateMismatchError, before anything is changed, if names or shapes differ.
-            rename: stored path to path in `into`.
+            strict: raise StateMismatchError, before anything is changed, if names or shapes differ; and
+                afterwards, if an object did not keep what it was given.
+            rename: stored path to path in `into`, or the beginning of names to another, such as
+                {"model/encoder.": "model/backbone."}.
+
+        CorruptionError if a stored chunk is damaged; what was read before is in `into` then.
         """
         from ckptvcs.state import restore as restoring
 

@@ -419,12 +419,12 @@ class _Planning:
             return views.get(id(node))  # refused before if it is not there
         if isinstance(node, StoredLeaf):
             found = node.value
-        elif isinstance(node, StoredTorch):
-            found = _torch_leaf(node)
+        elif isinstance(node, StoredTorch) and node.code in _TORCH_LEAVES:
+            found = _TORCH_LEAVES[node.code](node.plain)
         elif isinstance(node, StoredBlob):
             found = self._blob(path, node)
         elif isinstance(node, Compound):
-            return self._compound(path, node, views, refused)
+            found = self._compound(path, node, views, refused)
         elif isinstance(node, Branch):
             children = [
                 self._value(paths.join(path, paths.name(key)), child, views, refused)
@@ -438,6 +438,9 @@ class _Planning:
             found = node.make(node.keys, children)
             if type(found) in (dict, list, tuple, collections.OrderedDict):
                 return found
+        else:  # random generators
+            refused.append((path, f"a {node.kind} is nothing that torch's weights-only reader builds"))
+            return None
         if (why := write_torch.why_not(found)) is not None:
             refused.append((path, why))
         return found
@@ -472,14 +475,11 @@ class _Planning:
         return bytearray(data) if node.kind == "bytearray" else data
 
 
-def _torch_leaf(node: StoredTorch) -> object:
-    if node.code == codes.TORCH_SIZE:
-        return write_torch.Size(tuple(node.plain))
-    if node.code == codes.TORCH_DTYPE:
-        return write_torch.Dtype(node.plain)
-    if node.code == codes.TORCH_DEVICE:
-        return write_torch.Device(node.plain)
-    return node
+_TORCH_LEAVES: Final[dict[int, Callable[[Any], object]]] = {
+    codes.TORCH_SIZE: lambda lengths: write_torch.Size(tuple(lengths)),
+    codes.TORCH_DTYPE: write_torch.Dtype,
+    codes.TORCH_DEVICE: write_torch.Device,
+}
 
 
 def _memory_shown(node: StoredTensor) -> object:

@@ -55,7 +55,7 @@ from ckptvcs.state.read import (
 )
 from ckptvcs.state.renaming import Renames, near_misses
 from ckptvcs.state.tensors import SHARED_NAMES, ArraySource, Raw, Spec, bounds, capture, unit
-from ckptvcs.state.verify import differences, holds
+from ckptvcs.state.verify import described, differences, holds
 
 _Set: TypeAlias = Callable[[Any], None]
 
@@ -241,7 +241,7 @@ class _Plan:
                 return
         if captured is None:
             kind = type(target).__name__
-            self.differs(path, stored, f"{_describe(stored.spec)} stored, {kind} to be filled")
+            self.differs(path, stored, f"{described(stored.spec)} stored, {kind} to be filled")
             return
         spec, raw = captured
         if self.fits(stored, spec, path):
@@ -283,7 +283,7 @@ class _Plan:
         same = stored.spec.framework == spec.framework or spec.dtype in SHARED_NAMES
         if same and stored.spec.shape == spec.shape and stored.spec.dtype == spec.dtype:
             return True
-        self.differs(path, stored, f"{_describe(stored.spec)} stored, {_describe(spec)} to be filled")
+        self.differs(path, stored, f"{described(stored.spec)} stored, {described(spec)} to be filled")
         return False
 
     def _device_tensor(self, stored: StoredTensor, target: Any, path: str) -> None:
@@ -499,10 +499,6 @@ def _of_same_make(stored: Compound, target: Any) -> list[tuple[StoredTensor, Any
             return None
         found.append((child, part))
     return found
-
-
-def _describe(spec: Spec) -> str:
-    return f"{spec.framework} {spec.dtype}{list(spec.shape)}"
 
 
 def _torch_spec(tensor: Any) -> Spec:

@@ -39,60 +39,78 @@ def differences(stored: Stored, live: Any, path: str, chunk: int, trusted: Trust
     What `live` has beyond that is no difference, nor is a list for a tuple, or a 0-dim tensor of the same
     value for a number. Chunk lists must have been resolved; `chunk` is the grid's cell in bytes.
     """
-    found: dict[str, str] = {}
-    _compare(stored, live, path, chunk, trusted, found)
-    return found
+    comparison = _Comparison(chunk, trusted)
+    comparison.compare(stored, live, path)
+    return comparison.found
 
 
-def _compare(
-    stored: Stored, live: Any, path: str, chunk: int, trusted: Trusted, found: dict[str, str]
-) -> None:
-    if isinstance(stored, StoredTensor):
-        why = _tensor(stored, live, chunk, trusted)
-    elif isinstance(stored, StoredLeaf):
-        why = None if _same_leaf(stored.value, live) else f"{stored.value!r:.60} stored, now {live!r:.60}"
-    elif isinstance(stored, StoredTorch):
-        made = torch_value(stored, None)
-        why = None if type(made) is type(live) and made == live else f"{made!r} stored, now {live!r:.60}"
-    elif isinstance(stored, StoredRandom):
-        same = generators.holds(live, stored.code, stored.plain)
-        why = None if same else "a random generator in another state"
-    elif isinstance(stored, StoredBlob):
-        why = None if _same_blob(stored, live, chunk) else f"other {stored.kind}"
-    elif isinstance(stored, Compound):
-        parts = _parts_of(stored, live)
-        if parts is None:
-            why = f"{stored.kind} stored, now {type(live).__name__}"
+class _Comparison:
+    def __init__(self, chunk: int, trusted: Trusted) -> None:
+        self._chunk = chunk
+        self._trusted = trusted
+        self._captures = torch_devices.Captures()
+        self.found: dict[str, str] = {}
+
+    def compare(self, stored: Stored, live: Any, path: str) -> None:
+        """Note what differs at and below a path."""
+        why: str | None = None
+        if isinstance(stored, StoredTensor):
+            why = self._tensor(stored, live)
+        elif isinstance(stored, StoredLeaf):
+            if not _same_leaf(stored.value, live):
+                why = f"{stored.value!r:.60} stored, now {live!r:.60}"
+        elif isinstance(stored, StoredTorch):
+            made = torch_value(stored, None)
+            if type(made) is not type(live) or made != live:
+                why = f"{made!r} stored, now {live!r:.60}"
+        elif isinstance(stored, StoredRandom):
+            if not generators.holds(live, stored.code, stored.plain):
+                why = "a random generator in another state"
+        elif isinstance(stored, StoredBlob):
+            if not _same_blob(stored, live, self._chunk):
+                why = f"other {stored.kind}"
+        elif isinstance(stored, Branch):
+            compound = isinstance(stored, Compound)
+            places = _parts_of(stored, live) if isinstance(stored, Compound) else _places(stored, live)
+            if places is None:
+                kind = type(live).__name__
+                why = f"{stored.kind} stored, now {'another ' if compound else ''}{kind}"
+            else:
+                self._children(stored, places, path)
+        if why is not None:
+            self.found[path] = why
+
+    def _children(self, stored: Branch, places: Mapping[Any, Any], path: str) -> None:
+        for key, child in zip(stored.keys, stored.children, strict=True):
+            below = paths.join(path, paths.name(key))
+            if key in places:
+                self.compare(child, places[key], below)
+            else:
+                self.found[below] = "not there any more"
+
+    def _tensor(self, stored: StoredTensor, live: Any) -> str | None:
+        array = capture(live) if isinstance(live, np.ndarray) else None
+        if array is not None:
+            spec = array[0]
+        elif torch_tensors.is_tensor(live) and torch_tensors.is_dense(live):
+            spec = torch_tensors.spec_of(live)
         else:
-            _children(stored, parts, path, chunk, trusted, found)
-            return
-    elif isinstance(stored, Branch):
-        places = _places(stored, live)
-        if places is None:
-            why = f"{stored.kind} stored, now {type(live).__name__}"
+            return f"{described(stored.spec)} stored, now {type(live).__name__}"
+        same = stored.spec.framework == spec.framework or spec.dtype in SHARED_NAMES
+        if not same or (spec.dtype, spec.shape) != (stored.spec.dtype, stored.spec.shape):
+            return f"{described(stored.spec)} stored, now {described(spec)}"
+        if self._trusted(stored, live):
+            return None
+        if array is not None:
+            source: Source = ArraySource(array[1], unit(spec.dtype, spec.item), spec.swap)
         else:
-            _children(stored, places, path, chunk, trusted, found)
-            return
-    else:
-        why = f"a {stored.kind} within a state"
-    if why is not None:
-        found[path] = why
+            source = self._captures.dense(live).source
+        return None if holds(stored.content, source, self._chunk) else "other values than stored"
 
 
-def _children(
-    stored: Branch,
-    places: Mapping[Any, Any],
-    path: str,
-    chunk: int,
-    trusted: Trusted,
-    found: dict[str, str],
-) -> None:
-    for key, child in zip(stored.keys, stored.children, strict=True):
-        below = paths.join(path, paths.name(key))
-        if key in places:
-            _compare(child, places[key], below, chunk, trusted, found)
-        else:
-            found[below] = "not there any more"
+def described(spec: Spec) -> str:
+    """A tensor as messages name it."""
+    return f"{spec.framework} {spec.dtype}{list(spec.shape)}"
 
 
 def _places(stored: Branch, live: Any) -> Mapping[Any, Any] | None:
@@ -125,27 +143,6 @@ def _parts_of(stored: Compound, live: Any) -> Mapping[Any, Any] | None:
         return {**apart.parts, None: apart.context} if apart is not None and same else None
     sparse, quantized = torch_tensors.sparse(live), torch_tensors.quantized(live)
     return sparse[2] if sparse else quantized[4] if quantized else None
-
-
-def _tensor(stored: StoredTensor, live: Any, chunk: int, trusted: Trusted) -> str | None:
-    captured: tuple[Spec, Source] | None = None
-    if isinstance(live, np.ndarray):
-        array = capture(live)
-        if array is not None:
-            spec, raw = array
-            captured = spec, ArraySource(raw, unit(spec.dtype, spec.item), spec.swap)
-    elif torch_tensors.is_tensor(live) and torch_tensors.is_dense(live):
-        found = torch_devices.Captures().dense(live)
-        captured = found.spec, found.source
-    if captured is None:
-        return f"{stored.spec} stored, now {type(live).__name__}"
-    spec, source = captured
-    same = stored.spec.framework == spec.framework or spec.dtype in SHARED_NAMES
-    if not same or (spec.dtype, spec.shape) != (stored.spec.dtype, stored.spec.shape):
-        return f"{stored.spec} stored, now {spec}"
-    if trusted(stored, live) or holds(stored.content, source, chunk):
-        return None
-    return f"other values than stored in {stored.spec}"
 
 
 def holds(content: Content, source: Source, chunk: int) -> bool:

@@ -221,6 +221,23 @@ def test_every_leaf_may_change_as_soon_as_the_call_returns(repo: Repo) -> None:
     assert repo.fsck(full=True).ok
 
 
+@pytest.mark.parametrize("piece", [1, 999, 4096])
+def test_copies_in_pieces(repo: Repo, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """No border of a piece cuts an element, in order or not, turned around or not."""
+    monkeypatch.setattr("ckptvcs.state.staging._PIECE", piece)
+    state = {
+        "odd": np.arange(12_000).astype("S5").reshape(20, 30, 20).transpose(2, 0, 1)[:, ::3],
+        "turned": np.arange(700, dtype=">c16")[::-1],
+        "plain": np.arange(700, dtype=np.float64),
+        "channels": torch.randn(2, 3, 10, 12).to(memory_format=torch.channels_last),
+        "half": torch.randn(30, 40).half().T,
+    }
+    wanted = tree_of(state)
+    pending = repo.commit_async(state)
+    spoil(state)
+    assert pending.result(PATIENCE).tree == wanted
+
+
 def test_what_comes_back_is_the_state_at_the_call(repo: Repo) -> None:
     model, optimizer = every_leaf()["model"], None
     optimizer = torch.optim.AdamW(model.parameters())
@@ -243,6 +260,7 @@ def shared_repo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
         yield opened
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(state=states)
 def test_any_state_may_change_as_soon_as_the_call_returns(shared_repo: Repo, state: Any) -> None:
@@ -252,6 +270,7 @@ def test_any_state_may_change_as_soon_as_the_call_returns(shared_repo: Repo, sta
     assert pending.result(PATIENCE).tree == wanted
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(sizes=st.lists(st.integers(250, 3_000_000), max_size=4), turned=st.booleans())
 def test_any_sizes(shared_repo: Repo, sizes: list[int], turned: bool) -> None:
@@ -457,6 +476,30 @@ def test_a_copy_that_was_interrupted_is_made_again(repo: Repo, monkeypatch: pyte
 def interrupt(*_: object) -> None:
     """Ctrl-C, here."""
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_ctrl_c_around_the_start_of_a_save(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch, *, after: bool
+) -> None:
+    """The save is made, or it is not; either way the handle knows."""
+    first = started(repo).resolve()
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if after:
+            start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            repo.commit_async({"n": 1})
+    made = repo.commit({"n": 2})
+    between = repo.resolve(made.parents[0])
+    assert repo.checkout(between) == ({"n": 1} if after else {"started": True})
+    assert (between.id == first.id) == (not after)
+    assert repo.commit_async({"n": 3}).result(PATIENCE).parents == (made.id,)
 
 
 def test_memory_of_inference_mode_is_always_copied(repo: Repo) -> None:
@@ -730,6 +773,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["alone", "fork"])
 def test_a_save_outlives_its_trainer(repo: Repo, how: str) -> None:
     """What the call returned from is finished, and then the writer ends by itself."""
@@ -776,6 +820,7 @@ AT_EXIT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "status"), [("well", 0), ("asked", 0), ("unasked", 120), ("exit", 120), ("raised", 120)]
 )

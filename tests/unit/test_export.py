@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import errno
 import json
 import os
+import random
 import stat
 import struct
 import subprocess
@@ -21,12 +23,19 @@ import pytest
 import torch
 
 from ckptvcs import Repo
+from ckptvcs.canonical import Tagged, encode, encoded_map, encoded_tag
+from ckptvcs.disk import Disk
 from ckptvcs.errors import ExistsError, InvalidError, NotFoundError, StorageError, UnsupportedStateError
-from ckptvcs.state.export import bytes_of_text
+from ckptvcs.ids import Kind
+from ckptvcs.state import codes
+from ckptvcs.state.export import bytes_of_text, export
+from ckptvcs.state.formats import write_torch
 from ckptvcs.state.formats.outgoing import Outgoing
 from ckptvcs.state.formats.write_safetensors import CODES
 from ckptvcs.state.formats.write_zip import ZipWriter
+from ckptvcs.store.format import pack_object
 from ckptvcs.testing.faults import FailingDisk
+from ckptvcs.testing.memory import MemoryStore
 from ckptvcs.testing.same import difference
 
 pytestmark = [
@@ -365,12 +374,19 @@ def test_what_the_weights_only_reader_does_not_build_is_refused(repo: Repo, tmp_
             "fine": [1, {"w": np.ones(1)}],
             "keys": {np.int64(3): 1},
             "frozen": frozenset([1]),
+            "random": np.random.default_rng(1),
+            "python": random.Random(1),
+            "format": torch.channels_last,
         }
     )
     with pytest.raises(UnsupportedStateError) as refused:
         repo.export("HEAD", tmp_path, format="torch")
     paths = {path.split("/")[0] for path, _ in refused.value.leaves}
-    assert paths == {"pair", "default", "scalar", "path", "text", "huge", "generator", "keys", "frozen"}
+    assert paths == {"pair", "default", "scalar", "path", "text", "huge", "generator", "keys", "frozen"} | {
+        "random",
+        "python",
+        "format",
+    }
     assert not list(tmp_path.glob("*.pt"))
 
 
@@ -432,6 +448,32 @@ def test_large_tensors_in_any_memory_order(repo: Repo, tmp_path: Path) -> None:
     for name, tensor in state.items():
         assert found[name][2] == raw(tensor.half()), name
     assert report.overflowed == {}
+
+
+def test_a_repository_cannot_put_opcodes_into_a_program(tmp_path: Path) -> None:
+    """Names in a damaged or hostile tree are text of any kind; only torch's own get into a program."""
+    evil = "float32\ncos\nsystem\n"
+    view = write_torch.View(0, "int8", 0, (1,), (1,), 1)
+    hostile = [
+        write_torch.Dtype(evil),
+        write_torch.Device(evil),
+        write_torch.Device("cpu:x"),
+        write_torch.Sparse(evil, (1,), (view,)),
+        write_torch.Quantized(dataclasses.replace(view, dtype="qint8"), evil, 1.0, 0),
+        write_torch.Quantized(dataclasses.replace(view, dtype=evil), "per_tensor_affine", 1.0, 0),
+    ]
+    for value in hostile:
+        assert write_torch.why_not(value) is not None, value
+    with pytest.raises(AssertionError):
+        write_torch.write(lambda _: None, write_torch.Dtype(evil), [], "x", "")
+    store = MemoryStore()
+    for code, text in ((codes.TORCH_DTYPE, evil), (codes.TORCH_DEVICE, evil)):
+        state = encode({"x": Tagged(code, encode(text))})
+        root = encoded_tag(codes.ROOT, encoded_map([(encode("state"), state)]))
+        (tree,) = store.put_objects(Kind.TREE, [pack_object([], root)])
+        with pytest.raises(UnsupportedStateError, match="torch does not have"):
+            export(store, tree, Disk(), tmp_path, format="torch")
+        assert not list(tmp_path.iterdir())
 
 
 # -- Hugging Face folders ----------------------------------------------------------------------------------
@@ -652,3 +694,27 @@ def test_an_archive_beyond_four_gibibytes(tmp_path: Path) -> None:
 def test_an_outgoing_tensor_knows_its_bytes() -> None:
     assert Outgoing("w", "bfloat16", (3, 4), 2, lambda: iter([])).nbytes == 24
     assert np.dtype(ml_dtypes.bfloat16).itemsize == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "dtype"), [("safetensors", None), ("torch", None), ("npz", "fp16")])
+def test_memory_does_not_grow_with_the_state(
+    repo: Repo, tmp_path: Path, format: str, dtype: str | None
+) -> None:
+    """A state of 500 MB takes less than 128 MiB to export: two pieces of 16 MiB, what casting them takes, and
+    the scratch memory of four threads."""
+    rng = np.random.default_rng(5)
+    repo.commit({"model": {f"w{i}": rng.random((5, 2_500_000), np.float32) for i in range(10)}})
+    script = (
+        "import resource\n"
+        "from ckptvcs import Repo\n"
+        f"with Repo.open({str(repo.path)!r}) as repo:\n"
+        "    list(repo.entries())\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"    repo.export('HEAD', {str(tmp_path / 'out')!r}, format={format!r}, dtype={dtype!r})\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], check=True, cwd=root, capture_output=True)
+    per_unit = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stdout) * per_unit < 128 << 20

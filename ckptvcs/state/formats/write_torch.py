@@ -9,6 +9,7 @@ here calls the pickle module, and no class of the caller's can get into a file.
 from __future__ import annotations
 
 import collections
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any, Final
 from ckptvcs.ids import chunk_id
 from ckptvcs.state.formats.outgoing import Pieces, Sink
 from ckptvcs.state.formats.write_zip import ALIGNMENT, ZipWriter
+from ckptvcs.state.tensors import TORCH_SIZES
 
 # A typed storage for each dtype that had one when they were introduced; the later ones are untyped.
 _STORAGES: Final = {
@@ -36,6 +38,13 @@ _STORAGES: Final = {
     "qint32": "QInt32Storage",
     "quint8": "QUInt8Storage",
 }
+_QUANTIZED: Final = frozenset(("qint8", "quint8", "qint32"))
+_DTYPES: Final = _QUANTIZED | TORCH_SIZES.keys()
+_LAYOUTS: Final = frozenset(("sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"))
+_SCHEMES: Final = frozenset(("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams"))
+_DEVICE: Final = re.compile(r"[a-z]+(?::[0-9]{1,4})?\Z")
+_GLOBAL: Final = re.compile(r"[a-z_.]+ [A-Za-z0-9_]+\Z")
+"""A module and a name. What comes out of a repository gets into a program as text only, or through this."""
 _LONGEST_INT: Final = 255
 """Bytes of an integer that LONG1, the only opcode for large ones that the reader knows, can hold."""
 _NO_HOOKS: Final[collections.OrderedDict[str, object]] = collections.OrderedDict()
@@ -144,11 +153,28 @@ def why_not(value: object) -> str | None:
     if kind is int:
         fits = -(-(value.bit_length() + 1) // 8) <= _LONGEST_INT  # type: ignore[attr-defined]
         return None if fits else "an integer too long for torch's weights-only reader"
-    if kind in (type(None), bool, float, str, bytes, bytearray, complex) or kind in _OWN:
+    if kind in (type(None), bool, float, str, bytes, bytearray, complex):
         return None
+    if kind in _OWN:
+        return None if _is_torchs(value) else f"a {kind.__name__.lower()} that torch does not have"
     if kind in (set, tuple):
         return next((why for each in value if (why := why_not(each))), None)  # type: ignore[attr-defined]
     return f"a {kind.__name__} is nothing that torch's weights-only reader builds"
+
+
+def _is_torchs(value: object) -> bool:
+    """Whether the names in a value are torch's own. A damaged repository may say anything there."""
+    if isinstance(value, Dtype):
+        return value.name in _DTYPES
+    if isinstance(value, Device):
+        return _DEVICE.match(value.text) is not None
+    if isinstance(value, View):
+        return value.dtype in _DTYPES
+    if isinstance(value, Sparse):
+        return value.layout in _LAYOUTS and all(map(_is_torchs, value.parts))
+    if isinstance(value, Quantized):
+        return value.scheme in _SCHEMES and value.integers.dtype in _QUANTIZED
+    return isinstance(value, Size)
 
 
 # -- the archive ------------------------------------------------------------------------------------
@@ -288,6 +314,7 @@ class _Program:
     def _global(self, name: str) -> None:
         """A module and a name in it, joined by a space."""
         if not self._fetched(("global", name)):
+            assert _GLOBAL.match(name), name
             module, _, attribute = name.partition(" ")
             self._out += f"c{module}\n{attribute}\n".encode()
             self._keep(("global", name))
