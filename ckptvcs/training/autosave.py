@@ -129,8 +129,10 @@ class Autosave:
         self._last: Commit | None = None
         self._best: Commit | None = None
         self._seen: Wanted | None = None
+        self._resumed: Wanted | None = None  # what was seen before the first step
         self._saved_step: int | None = None
         self._given = False
+        self._told: Exception | None = None  # the error of a save that `step` or `wait` has raised
         self._waited = 0.0
         self._claim: Claim | None = None
         self._uses: Claim | None = None
@@ -204,7 +206,7 @@ class Autosave:
         if origin is None:
             return
         if origin.step is not None:
-            self._seen = Wanted(origin.step, "")
+            self._seen = self._resumed = Wanted(origin.step, "")
             self._saved_step = origin.step
         monitor = self._monitor
         if monitor is None:
@@ -443,6 +445,7 @@ class Autosave:
             if self._monitor is not None and saved.wanted.value is not None:
                 self._monitor.failed()
             if not (self._warn and _may_pass(saved.outcome)):
+                self._told = saved.outcome
                 raise saved.outcome
             _log.warning(
                 "step %d could not be saved: %s; training goes on and will try again",
@@ -531,9 +534,10 @@ class Autosave:
                 self._save(self._seen, "the last step")
             if self._writes:
                 self._wait()
-                if self._failed is not None:
+                if self._failed is not None and (save or self._failed is not self._told):
                     raise self._failed
-                if self._monitor is not None and not self._given and self._seen is not None:
+                stepped = self._seen is not self._resumed
+                if save and stepped and self._monitor is not None and not self._given:
                     _log.warning("the metric %s was never given", self._metric)
         finally:
             self._let_go()
@@ -576,6 +580,8 @@ class Autosave:
             self._close(save=False)
         except Exception as error:  # noqa: BLE001 - too late to raise
             _log.error("the last save failed: %s", error)
+        if self._failed is not None and self._failed is self._told:
+            return  # who was told of it has decided how to exit
         if self._failed is not None:
             exit_in_failure()
         elif self._writes and seen is not None and saved != seen.step:

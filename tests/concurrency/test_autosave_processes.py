@@ -313,7 +313,8 @@ ENDS = """
 import resource
 state = new_state(1000)
 repo = ckptvcs.Repo.open(place)
-save = Autosave(repo, state, every=2, on_error="warn", blocking="blocking" in sys.argv)
+on_error = "raise" if "raise" in sys.argv else "warn"
+save = Autosave(repo, state, every=2, on_error=on_error, blocking="blocking" in sys.argv)
 for _ in range(4):
     save.step(train(state))
     save.wait()
@@ -323,6 +324,11 @@ if "full" in sys.argv:
     else:
         writer = repo._shared.background._companion.number
         resource.prlimit(writer, resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
+if "raise" in sys.argv:
+    say("DONE")
+    save.step(train(state))
+    save.step(train(state))
+    save.wait()
 for _ in range(3):
     save.step(train(state))
 say("DONE")
@@ -354,6 +360,14 @@ def test_exit_statuses(place: Path, how: str) -> None:
     assert status == 120
     assert steps == [2, 4]
     assert any("step 6 could not be saved" in line for line in lines)
+
+    if how == "background":
+        status, errors, lines, steps = ended("full", "raise")
+        assert status == 1  # as of any exception: it is told once
+        assert errors.count("StorageError") == 1
+        assert steps == [2, 4]
+        assert "last save failed" not in errors
+        assert "exit status" not in errors
 
     status, errors, lines, steps = ended("full", "close")
     assert status == 1

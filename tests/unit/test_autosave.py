@@ -359,6 +359,24 @@ def test_a_metric_that_never_comes(repo: Repo, caplog: pytest.LogCaptureFixture)
     assert "the metric val_loss was never given" in lines(caplog)
 
 
+def test_nothing_is_said_of_a_metric_before_there_was_time_for_it(
+    repo: Repo, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = new_state()
+
+    def fails() -> None:
+        with Autosave(repo, state, every=1, monitor="val_loss") as save:
+            save.step(train(state))
+            raise RuntimeError("training failed")
+
+    with pytest.raises(RuntimeError):
+        fails()
+    repo.restore(state)
+    with Autosave(repo, state, every=1, monitor="val_loss"):
+        pass  # all steps were made before
+    assert not any("never given" in line for line in lines(caplog))
+
+
 def test_metrics_are_read_only_when_needed(repo: Repo) -> None:
     class Scalar:
         """A 0-dim tensor on a device: reading it waits for the device."""
