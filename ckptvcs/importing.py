@@ -253,6 +253,10 @@ def checkpoints(disk: Disk, folder: Path, left_out: dict[str, str]) -> list[Foun
     """The checkpoints of a folder, or of the folder `checkpoints` in it, by step. What is there besides goes
     to `left_out`, with the reason."""
     if not disk.is_dir(folder):
+        if disk.exists(folder):
+            raise InvalidError(
+                f"{folder} is a file", hint="name the folder it is in, or `ckpt commit` this file alone"
+            )
         raise NotFoundError(f"there is no folder {folder}")
     found = _in(disk, folder, left_out)
     inner = folder / "checkpoints"

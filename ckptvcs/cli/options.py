@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from ckptvcs.repo import Repo
@@ -65,7 +66,20 @@ def complete_revision(ctx: click.Context, param: click.Parameter, incomplete: st
     return _names(ctx, incomplete, lambda repo: ["HEAD", *repo.branches(), *repo.tags(), *repo.lost()])
 
 
-def _branches(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+def complete_path(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Files and folders: the shell knows them."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def complete_revision_or_path(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Revisions that begin so; files and folders where there are none."""
+    revisions = complete_revision(ctx, param, incomplete)
+    return [*complete_path(ctx, param, incomplete), *map(CompletionItem, revisions)]
+
+
+def complete_branch(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     return _names(ctx, incomplete, lambda repo: list(repo.branches()))
 
 
@@ -86,7 +100,7 @@ def revision_argument(*, required: bool = False) -> Callable[[_Function], _Funct
 
 def branch_argument(name: str, metavar: str, **more: Any) -> Callable[[_Function], _Function]:
     """The name of a branch."""
-    return click.argument(name, metavar=metavar, shell_complete=_branches, **more)
+    return click.argument(name, metavar=metavar, shell_complete=complete_branch, **more)
 
 
 def tag_argument(name: str, metavar: str, **more: Any) -> Callable[[_Function], _Function]:

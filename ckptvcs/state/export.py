@@ -128,7 +128,7 @@ def export(
     if format not in FORMATS:
         raise InvalidError(f"cannot export as {format!r}", hint=", ".join(FORMATS))
     if format != "hf" and (config_from is not None or max_shard_size is not None):
-        raise InvalidError("only the format hf has a config and shards", hint='format="hf"')
+        raise InvalidError("only the format hf has a config and shards", hint='format="hf" (`--format hf`)')
     shard_size = SHARD_SIZE if max_shard_size is None else bytes_of_text(max_shard_size)
     target = None if dtype is None else casting.target_of(dtype)
     if format == "hf" and only is None:
@@ -289,15 +289,15 @@ class _Planning:
         if self._tensors_only:
             self._report.left_out.append(path)
         else:
-            refused.append((path, f"a {node.kind}, which is no tensor (tensors_only leaves such values out)"))
+            refused.append((path, f"a {node.kind}, which is no tensor"))
 
     def _refuse(self, refused: Sequence[tuple[str, str]]) -> None:
         if refused:
             raise UnsupportedStateError(
                 refused,
                 "exported in this format",
-                "select a part with only=, leave out what is no tensor with tensors_only, "
-                "cast with dtype=, or export in another format",
+                "select a part with only= (`--only`), leave out what is no tensor with tensors_only "
+                "(`--tensors-only`), cast with dtype= (`--dtype`), or export in another format",
             )
 
     def _dtype(self, node: StoredTensor) -> str:

@@ -262,6 +262,10 @@ def test_completion_scripts(tmp_path: Path, shell: str) -> None:
         ("ckpt show ", ["HEAD", "main", "other", "v1"]),
         ("ckpt tag -d v", ["v1"]),
         ("ckpt log --g", ["--graph"]),
+        ("ckpt ls ma", ["file,ma", "main"]),
+        ("ckpt diff st", ["file,st"]),
+        ("ckpt import-run out", ["file,out"]),
+        ("ckpt import-run out --branch m", ["main"]),
     ],
 )
 def test_completion_offers_names(states: Path, line: str, expected: list[str]) -> None:

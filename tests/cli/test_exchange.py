@@ -175,4 +175,8 @@ def test_files_that_are_no_checkpoints(models: Path) -> None:
         refused(models, "ls", name, code=2, words=[name, "cut short or damaged", "safetensors"])
         refused(models, "diff", name, "step_1.pt", code=2, words=[name])
     refused(models, "ls", "./nothing", code=4, words=["there is no file nothing"])
+    refused(models, "ls", "step_9.pt", code=4, words=["there is no file step_9.pt", "no repository"])
+    refused(models, "import-run", "step_1.pt", "--dry-run", code=2, words=["step_1.pt is a file", "folder"])
+    ckpt(models, "init")
+    refused(models, "ls", "step_9.pt", code=4, words=["called 'step_9.pt'", "no file of that name"])
     refused(models, "ls", "step_1.pt", "nope", code=4, words=["nothing in step_1.pt matches 'nope'"])

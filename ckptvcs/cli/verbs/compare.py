@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptvcs.cli import output, session, shapes
-from ckptvcs.cli.options import json_option
+from ckptvcs.cli.options import complete_path, json_option
 from ckptvcs.errors import InvalidError, NotFoundError
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ _ROWS = 40
 
 
 @click.command()
-@click.argument("old", metavar="OLD")
-@click.argument("new", metavar="NEW")
+@click.argument("old", metavar="OLD", shell_complete=complete_path)
+@click.argument("new", metavar="NEW", shell_complete=complete_path)
 @click.argument("patterns", metavar="[PATTERN...]", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help=f"Show all differences, not the {_ROWS} gravest.")
 @json_option

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ckptvcs.cli import output, session, shapes
-from ckptvcs.cli.options import complete_revision, json_option, revision_argument
-from ckptvcs.errors import InvalidError, NotFoundError
+from ckptvcs.cli.options import complete_path, complete_revision_or_path, json_option, revision_argument
+from ckptvcs.errors import InvalidError, NoRepositoryError, NotFoundError
 
 if TYPE_CHECKING:
     from ckptvcs.history.commit import Commit
@@ -25,7 +26,7 @@ _Listed = TypeVar("_Listed", "Entry", "FileEntry")
 
 
 @click.command()
-@click.argument("revision", metavar="[REV|FILE]", default="HEAD", shell_complete=complete_revision)
+@click.argument("revision", metavar="[REV|FILE]", default="HEAD", shell_complete=complete_revision_or_path)
 @click.argument("patterns", metavar="[PATTERN...]", nargs=-1)
 @click.option("-l", "--long", "long", is_flag=True, help="Exact bytes; chunks of tensors, BLAKE3 of files.")
 @json_option
@@ -49,7 +50,7 @@ def ls(revision: str, patterns: tuple[str, ...], long: bool, as_json: bool) -> N
     if file is not None:
         _list_file(file, patterns, long, as_json)
         return
-    with session.opened() as repo:
+    with _opened_to_list(revision) as repo:
         commit = _commit_to_list(repo, revision)
         entries, files = _content(repo, commit, patterns)
     total = {
@@ -128,13 +129,28 @@ def _list_file(path: Path, patterns: Sequence[str], long: bool, as_json: bool) -
     output.line(f"{found.format}: {', '.join(counts) or 'nothing'}, {size(total['bytes'])}{tail} of tensors")
 
 
+@contextlib.contextmanager
+def _opened_to_list(revision: str) -> Iterator[Repo]:
+    with contextlib.ExitStack() as stack:
+        try:
+            repo = stack.enter_context(session.opened())
+        except NoRepositoryError as error:
+            if not any(sign in revision for sign in "/."):
+                raise
+            raise NotFoundError(f"there is no file {revision}, and {error}") from error
+        yield repo
+
+
 def _commit_to_list(repo: Repo, revision: str) -> Commit:
     try:
         return session.resolved(repo, revision)
     except NotFoundError as error:
-        if any(sign in revision for sign in "*?[/.") and repo.head()[1] is not None:
-            error.hint = f"the first argument is a revision: `ckpt ls HEAD '{revision}'`"
-        raise
+        if not any(sign in revision for sign in "*?[/."):
+            raise
+        hint = error.hint
+        if repo.head()[1] is not None:
+            hint = f"for a name in HEAD's commit: `ckpt ls HEAD '{revision}'`"
+        raise NotFoundError(f"{error}, and there is no file of that name", hint=hint) from error
 
 
 def _content(repo: Repo, commit: Commit, patterns: Sequence[str]) -> tuple[list[Entry], list[FileEntry]]:
@@ -182,7 +198,12 @@ def _file_row(entry: FileEntry, size: Any, long: bool) -> tuple[str, ...]:
 @click.command()
 @revision_argument(required=True)
 @click.argument("paths", metavar="[PATH...]", nargs=-1)
-@click.option("--to", metavar="DIR", help="Recreate the paths below DIR (made if missing); HEAD stays.")
+@click.option(
+    "--to",
+    metavar="DIR",
+    shell_complete=complete_path,
+    help="Recreate the paths below DIR (made if missing); HEAD stays.",
+)
 @click.option("--force", is_flag=True, help="Overwrite files that were changed.")
 @json_option
 def checkout(revision: str, paths: tuple[str, ...], to: str | None, force: bool, as_json: bool) -> None:

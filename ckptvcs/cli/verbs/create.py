@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptvcs.cli import output, session, shapes
-from ckptvcs.cli.options import json_option, number, number_of, pairs
+from ckptvcs.cli.options import complete_branch, complete_path, json_option, number, number_of, pairs
 from ckptvcs.errors import InvalidError, LineageError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path", metavar="[PATH]", required=False)
+@click.argument("path", metavar="[PATH]", required=False, shell_complete=complete_path)
 @click.option(
     "--compression",
     metavar="LEVEL",
@@ -66,12 +66,13 @@ def init(path: str | None, compression: str | None, as_json: bool) -> None:
 @click.option(
     "--branch",
     metavar="NAME",
+    shell_complete=complete_branch,
     help="The branch to commit to, made if missing. Else CKPT_BRANCH, else the one HEAD is on.",
 )
 @click.option(
     "--as", "name", metavar="NAME", help="The path in the commit, for one PATH anywhere on this machine."
 )
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, shell_complete=complete_path)
 @json_option
 def commit(
     message: str,

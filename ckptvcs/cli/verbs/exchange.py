@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptvcs.cli import output, session, shapes
-from ckptvcs.cli.options import complete_revision, json_option
+from ckptvcs.cli.options import complete_branch, complete_path, complete_revision, json_option
 from ckptvcs.errors import NoRepositoryError
 
 if TYPE_CHECKING:
@@ -27,11 +27,20 @@ if TYPE_CHECKING:
     type=click.Choice(["safetensors", "torch", "npz", "hf"]),
     help="What to write.",
 )
-@click.option("--to", required=True, metavar="DIR", help="The folder to write to, made if missing.")
+@click.option(
+    "--to",
+    required=True,
+    metavar="DIR",
+    shell_complete=complete_path,
+    help="The folder to write to, made if missing.",
+)
 @click.option("--only", multiple=True, metavar="GLOB", help="A name or pattern. May be repeated.")
 @click.option("--dtype", metavar="TYPE", help="Cast floating-point tensors to bf16, fp16 or fp32.")
 @click.option(
-    "--config-from", metavar="DIR", help="For hf: copy config and tokenizer files from this folder."
+    "--config-from",
+    metavar="DIR",
+    shell_complete=complete_path,
+    help="For hf: copy config and tokenizer files from this folder.",
 )
 @click.option("--max-shard-size", metavar="SIZE", help="For hf: tensors per file, such as 5GB; 50GB.")
 @click.option("--tensors-only", is_flag=True, help="Leave out what is no tensor, where it has no place.")
@@ -111,10 +120,20 @@ def _show_export(report: ExportReport, to: str) -> None:
 
 
 @click.command("import-run")
-@click.argument("folder", metavar="DIR")
-@click.option("--branch", metavar="NAME", help="The branch, made if missing. Else it is called like DIR.")
+@click.argument("folder", metavar="DIR", shell_complete=complete_path)
+@click.option(
+    "--branch",
+    metavar="NAME",
+    shell_complete=complete_branch,
+    help="The branch, made if missing. Else it is called like DIR.",
+)
 @click.option("--dry-run", is_flag=True, help="Only tell: encode into a temporary folder, and remove it.")
-@click.option("--scratch", metavar="DIR", help="For --dry-run: where the temporary folder is made.")
+@click.option(
+    "--scratch",
+    metavar="DIR",
+    shell_complete=complete_path,
+    help="For --dry-run: where the temporary folder is made.",
+)
 @json_option
 def import_run(folder: str, branch: str | None, dry_run: bool, scratch: str | None, as_json: bool) -> None:
     """Make a branch of a folder of checkpoints, a commit each.
