@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 
 from ckptvcs.disk import Disk, StrPath
 from ckptvcs.errors import ExistsError, InvalidError, NotFoundError
-from ckptvcs.history.commit import Commit
+from ckptvcs.history.commit import Commit, is_metric_name
 from ckptvcs.ids import Hasher, ObjectId
 
 _SUFFIXES: Final = frozenset((".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz", ".distcp"))
@@ -42,6 +42,7 @@ _LONGEST_STATE: Final = 64 << 20
 """Bytes of a `trainer_state.json` that are read."""
 _NO_METRICS: Final = frozenset(("step", "epoch", "total_flos"))
 _PIECE: Final = 1 << 20
+_REPOSITORY: Final = ".ckpt"
 _MARK: Final = "import "
 
 
@@ -215,13 +216,13 @@ def _held(target: Target, branch: str) -> dict[str, Commit]:
 
 
 def _files(disk: Disk, found: Found) -> Iterator[tuple[str, Path]]:
-    """(path in the commit, path) of each file of a checkpoint, links left out."""
+    """(path in the commit, path) of each file of a checkpoint, links and repositories left out."""
     if not disk.is_dir(found.path):
         yield found.name, found.path
         return
     for name in disk.names(found.path):
         path = found.path / name
-        if not path.is_symlink():
+        if not path.is_symlink() and name.casefold() != _REPOSITORY:
             inner = Found(f"{found.name}/{name}", path, 0, None, {})
             if disk.is_dir(path) or disk.is_file(path):
                 yield from _files(disk, inner)
@@ -278,7 +279,9 @@ def _in(disk: Disk, folder: Path, left_out: dict[str, str]) -> list[Found]:
         path = folder / name
         if path.is_symlink():
             left_out[name] = f"a link to {path.readlink()}"
-        elif name.casefold() == ".ckpt":
+        elif "\n" in name:  # commits are found again by the first line of their message
+            left_out[name] = "its name has a line break"
+        elif name.casefold() == _REPOSITORY:
             left_out[name] = "a repository"
         elif disk.is_dir(path) and not (_FOLDER.search(name) or _holds_checkpoint(disk, path)):
             left_out[name] = "a folder without checkpoint files"
@@ -331,14 +334,14 @@ def _of_trainer(disk: Disk, path: Path) -> _Says:
         return _Says()
     if not isinstance(state, dict):
         return _Says()
-    says = _Says(_position(state.get("global_step")), _number(state.get("epoch")))
+    says = _Says(_position(state.get("global_step")), _finite(state.get("epoch")))
     history = state.get("log_history")
     for entry in history if isinstance(history, list) else []:
         if isinstance(entry, dict) and says.step is not None and entry.get("step") == says.step:
             says.metrics |= {
                 name: number
                 for name, value in entry.items()
-                if name not in _NO_METRICS and (number := _number(value)) is not None
+                if name not in _NO_METRICS and is_metric_name(name) and (number := _number(value)) is not None
             }
     return says
 
@@ -352,14 +355,14 @@ def _inside(disk: Disk, path: Path) -> _Says:
     except InvalidError:  # of a kind unknown here: its name may say more
         return _Says()
     steps = (_position(_plain(found.leaves.get(name))) for name in _STEPS_INSIDE)
-    says = _Says(next((step for step in steps if step is not None), None), _number(found.leaves.get("epoch")))
+    says = _Says(next((step for step in steps if step is not None), None), _finite(found.leaves.get("epoch")))
     for name, monitor in found.leaves.items():
         if name.startswith("callbacks/") and name.endswith("/monitor") and isinstance(monitor, str):
             place = name.removesuffix("monitor") + "current_score"
             score = _number(found.leaves.get(place))
             if score is None and place in found.tensors:
                 score = _scalar(found.tensors[place])
-            if score is not None:
+            if score is not None and is_metric_name(monitor):
                 says.metrics[monitor] = score
     return says
 
@@ -386,6 +389,11 @@ def _number(value: object) -> int | float | None:
     if type(value) is int and abs(value) < 1 << 62:
         return value
     return value if type(value) is float and not math.isnan(value) else None
+
+
+def _finite(value: object) -> int | float | None:
+    number = _number(value)
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _digits_apart(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:

@@ -237,6 +237,11 @@ _LIBRARIES: Final = ("numpy", "torch", "jax", "ml_dtypes")
 # -- what callers may pass ------------------------------------------------------------------------
 
 
+def is_metric_name(name: object) -> bool:
+    """Whether a metric can be called so: conditions on metrics must be able to name it."""
+    return isinstance(name, str) and re.fullmatch(r"[^=<>\s]+", name) is not None and name.isprintable()
+
+
 def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Metrics as Python numbers; 0-dim arrays and tensors are unpacked. InvalidError otherwise."""
     if metrics is not None and not isinstance(metrics, Mapping):
@@ -245,7 +250,7 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
         )
     plain: dict[str, Any] = {}
     for name, value in (metrics or {}).items():
-        if not isinstance(name, str) or not re.fullmatch(r"[^=<>\s]+", name) or not name.isprintable():
+        if not is_metric_name(name):
             raise InvalidError(f"{name!r} cannot be the name of a metric", hint="use a name like val_loss")
         number = _unpacked(value)
         if isinstance(number, bool) or type(number) not in (int, float):

@@ -436,6 +436,8 @@ class _Planning:
                 if (why := write_torch.why_not(key)) is not None
             ]
             found = node.make(node.keys, children)
+            if type(found) is collections.OrderedDict and (why := write_torch.why_not_beside(found)):
+                refused.append((path, why))
             if type(found) in (dict, list, tuple, collections.OrderedDict):
                 return found
         else:  # random generators

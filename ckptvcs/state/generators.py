@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -42,6 +42,9 @@ length, or fields."""
 _OWNERS: Final = ("Generator", "RandomState", "BitGenerator")
 _POOL: Final = 1 << 10
 """The largest pool of a seed sequence: mixing it takes the square of its size."""
+_SEED: Final = 1 << 14
+"""Words of 32 bits in a seed sequence's entropy and key together: each is mixed with all of the pool, and
+cutting an integer into words takes the square of their number."""
 
 
 def is_generator(value: object) -> bool:
@@ -242,7 +245,14 @@ def _seeds(value: Any) -> list[Any] | None:
         key = [int(word) for word in sequence.spawn_key]
     except (TypeError, ValueError):
         raise InvalidError("numpy generator seeded with something else than integers") from None
+    if _words([*(plain if isinstance(plain, list) else [plain]), *key]) > _SEED:
+        raise InvalidError(f"numpy generator seeded with more than {4 * _SEED} bytes")
     return [plain, key, int(sequence.pool_size), int(sequence.n_children_spawned)]
+
+
+def _words(numbers: Iterable[int]) -> int:
+    """How many words of 32 bits these take in a seed sequence."""
+    return sum(max(1, -(-number.bit_length() // 32)) for number in numbers)
 
 
 def _sequence(seeds: Any) -> np.random.SeedSequence:
@@ -254,6 +264,7 @@ def _sequence(seeds: Any) -> np.random.SeedSequence:
         or not all(type(word) is int and word >= 0 for word in (*words, *key, pool, spawned))
         or not 4 <= pool <= _POOL
         or spawned >= 1 << 32
+        or _words((*words, *key)) > _SEED
     ):
         raise ValueError("no seed sequence")
     return np.random.SeedSequence(entropy, spawn_key=key, pool_size=pool, n_children_spawned=spawned)

@@ -54,7 +54,7 @@ from ckptvcs.state.read import (
     StoredTorch,
 )
 from ckptvcs.state.renaming import Renames, near_misses
-from ckptvcs.state.tensors import SHARED_NAMES, ArraySource, Raw, Spec, bounds, capture, unit
+from ckptvcs.state.tensors import SHARED_NAMES, ArraySource, Raw, Spec, bounds, capture, is_injective, unit
 from ckptvcs.state.verify import described, differences, holds
 
 _Set: TypeAlias = Callable[[Any], None]
@@ -128,7 +128,8 @@ class _Fill(NamedTuple):
 
 
 def _overwritten(fills: Sequence[_Fill], chunk: int) -> dict[str, str]:
-    """Which of these were spoilt by others that overlap them: of two values for one byte, one is lost."""
+    """Which of these were spoilt by others that overlap them, or by themselves, as an expanded tensor is: of
+    two values for one byte, one is lost."""
     extents = []
     for fill in fills:
         low, high = bounds(fill.raw.shape, fill.raw.strides, fill.raw.itemsize)
@@ -139,6 +140,8 @@ def _overwritten(fills: Sequence[_Fill], chunk: int) -> dict[str, str]:
     reach, before = 0, -1
     overlapping: dict[int, _Fill] = {}
     for at, (low, high, fill) in enumerate(extents):
+        if not is_injective(fill.raw.shape, fill.raw.strides, fill.raw.itemsize):
+            overlapping[at] = fill
         if low < reach:
             overlapping |= {before: extents[before][2], at: fill}
         if high > reach:

@@ -718,3 +718,25 @@ def test_memory_does_not_grow_with_the_state(
     done = subprocess.run([sys.executable, "-c", script], check=True, cwd=root, capture_output=True)
     per_unit = 1 if sys.platform == "darwin" else 1024
     assert int(done.stdout) * per_unit < 128 << 20
+
+
+def test_attributes_of_a_state_dict_that_torch_cannot_read_are_refused(repo: Repo, tmp_path: Path) -> None:
+    state: Any = collections.OrderedDict(w=torch.ones(3))
+    for odd in (Path("x"), np.float32(1), 1 << 4000, [{"deep": Path("x")}]):
+        state._metadata = {"": {"version": odd}}
+        repo.commit({"model": state}, "odd")
+        with pytest.raises(UnsupportedStateError, match="model: its attributes"):
+            repo.export("HEAD", tmp_path / "out", format="torch")
+    state._metadata = {"": {"version": [1, (2, "x")]}}
+    repo.commit({"model": state}, "plain")
+    repo.export("HEAD", tmp_path / "out", format="torch")
+    assert torch.load(tmp_path / "out/state.pt", weights_only=True)["model"]._metadata == state._metadata
+
+
+def test_a_name_too_long_for_an_archive_is_refused(repo: Repo, tmp_path: Path) -> None:
+    repo.commit({"x" * 0xFFFC: np.ones(3)}, "long")
+    with pytest.raises(UnsupportedStateError, match="longer than an archive"):
+        repo.export("HEAD", tmp_path, format="npz")
+    repo.commit({"x" * 0xFFFB: np.ones(3)}, "just right")
+    repo.export("HEAD", tmp_path, format="npz")
+    assert np.load(tmp_path / "state.npz").files == ["x" * 0xFFFB]

@@ -151,6 +151,11 @@ def test_names_are_those_of_the_state() -> None:
     assert found.leaves["optimizer/param_groups/0/lr"] == value["optimizer"]["param_groups"][0]["lr"]
 
 
+def test_tensors_of_many_dimensions_keep_their_names() -> None:
+    value = {"cache": torch.zeros(1, 64, 64, 64, 64), "six": torch.zeros(1, 2, 64, 64, 64, 8)[:, ::2]}
+    assert [tensor.name for tensor in layout_of(saved(value)).tensors] == ["cache", "six"]
+
+
 def test_chunks_of_committed_files_are_those_of_the_state(tmp_path: Path) -> None:
     state = nested()
     store = MemoryStore()

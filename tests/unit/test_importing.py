@@ -224,6 +224,31 @@ def test_a_state_file_that_is_none(repo: Repo, tmp_path: Path, state: str) -> No
     assert (each.step, each.epoch, each.metrics) == (1, None, {})
 
 
+def test_what_cannot_be_recorded_stops_no_import(repo: Repo, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    hugging_face(run, (5,))
+    odd = {"step": 5, "": 1, "a b": 2, "x=1": 3, "a\nb": 4, "eval/loss": 6}
+    state = {"global_step": 5, "epoch": float("inf"), "log_history": [odd]}
+    (run / "checkpoint-5" / "trainer_state.json").write_text(json.dumps(state))
+    callbacks = {"a": {"monitor": "", "current_score": 1.0}, "b": {"monitor": "val", "current_score": 2.0}}
+    torch.save({"global_step": 6, "epoch": float("inf"), "callbacks": callbacks}, run / "x.ckpt")
+    torch.save(weights(7), run / "step_7\n.pt")
+    report = repo.import_run(run, branch="b")
+    assert [(each.step, each.epoch, each.metrics) for each in report.checkpoints] == [
+        (5, None, {"eval/loss": 6}),
+        (6, None, {"val": 2.0}),
+    ]
+    assert report.left_out == {"step_7\n.pt": "its name has a line break"}
+
+
+def test_a_repository_in_a_checkpoint_is_left_out_each_time(repo: Repo, tmp_path: Path) -> None:
+    run = hugging_face(tmp_path / "run", (5,))
+    (run / "checkpoint-5" / ".ckpt").mkdir()
+    (run / "checkpoint-5" / ".ckpt" / "x").write_text("x")
+    assert repo.import_run(run, branch="b").checkpoints[0].stored
+    assert repo.import_run(run, branch="b").checkpoints[0].stored is None
+
+
 def test_names_of_branches() -> None:
     for folder, branch in (
         ("/x/run 7", "run-7"),

@@ -138,6 +138,18 @@ def test_what_may_hold_more_is_refused() -> None:
     assert {path.partition("/")[0] for path, _ in caught.value.leaves} == state.keys()
 
 
+def test_seeds_that_take_long_to_mix_are_refused() -> None:
+    for seed in (1 << (32 << 14), list(range(1 << 15))):
+        with pytest.raises(UnsupportedStateError, match="seeded with more than"):
+            stored({"g": np.random.default_rng(seed)})
+    plain = ["Generator", "PCG64", {"state": {"state": 1, "inc": 1}, "has_uint32": 0, "uinteger": 0}, None]
+    for entropy, key in ((1 << (32 << 18), []), ([1] * (1 << 15), []), (1, [1] * (1 << 15))):
+        with pytest.raises(CorruptionError):
+            generators.restore(codes.NUMPY_GENERATOR, [*plain, [entropy, key, 1024, 0]])
+    long = np.random.default_rng(list(range(1000)))
+    assert stored({"g": long})["g"].random() == long.random()
+
+
 def test_a_listing_names_the_kind() -> None:
     store = MemoryStore()
     state = {"a": np.random.default_rng(1), "b": random.Random(1), "c": np.random.RandomState(1)}

@@ -122,6 +122,30 @@ def test_memory_that_two_values_are_stored_for():
         fill(*stored({"a": np.ones(1000), "b": np.zeros(1000)}), same)
 
 
+def test_a_target_that_shows_memory_twice_is_found_out():
+    import torch
+
+    def expanded(array):
+        return np.lib.stride_tricks.as_strided(array, (4,), (0,))
+
+    class Holder(torch.nn.Module):
+        def __init__(self, buffer):
+            super().__init__()
+            self.register_buffer("b", buffer)
+
+    cases = [
+        (np.arange(4.0), expanded(np.zeros(1))),
+        (torch.arange(4.0), torch.zeros(1).expand(4)),
+        (Holder(torch.arange(4.0)), Holder(torch.zeros(1).expand(4))),
+    ]
+    for value, target in cases:
+        with pytest.raises(StateMismatchError, match="overlaps memory"):
+            fill(*stored({"w": value}), {"w": target})
+    into = {"w": expanded(np.zeros(1))}
+    fill(*stored({"w": np.ones(4)}), into)  # one value everywhere has its place
+    assert into["w"].tolist() == [1.0] * 4
+
+
 def test_places_kept_free():
     state = {
         "none": np.ones(3),

@@ -281,14 +281,8 @@ def _tensor(path: str, value: Call, depth: int = 0) -> tuple[str, str, Tensor] |
     if len(arguments) < 4:
         return None
     storage, offset, size, steps = _storage(arguments[0]), *arguments[1:4]
-    shape, steps = shape_of(_ints(size)), shape_of(_ints(steps))
-    if (
-        storage is None
-        or type(offset) is not int
-        or shape is None
-        or steps is None
-        or len(shape) != len(steps)
-    ):
+    shape, steps = shape_of(_ints(size)), _ints(steps)
+    if storage is None or type(offset) is not int or shape is None or not _are_steps(steps, len(shape)):
         return None
     key, counted, _ = storage
     dtype = counted

@@ -14,6 +14,8 @@ from ckptvcs.state.tensors import numpy_dtype
 
 _MAGIC: Final = b"\x93NUMPY"
 _ALIGNMENT: Final = 64
+_LONGEST: Final = 0xFFFF - len(".npy")
+"""Bytes of a name: a zip archive counts them in 16 bits."""
 
 
 def why_not(dtype: str) -> str | None:
@@ -33,6 +35,8 @@ def why_not_called(name: str) -> str | None:
         return "its name is not Unicode text (a lone surrogate)"
     if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
         return "its name would lead whoever unpacks the archive out of their folder"
+    if len(name.encode()) > _LONGEST:
+        return "its name is longer than an archive can hold"
     return None
 
 

@@ -162,6 +162,22 @@ def why_not(value: object) -> str | None:
     return f"a {kind.__name__} is nothing that torch's weights-only reader builds"
 
 
+def why_not_beside(value: collections.OrderedDict[Any, Any]) -> str | None:
+    """Why the attributes of an ordered dict, as a state dict has `_metadata`, cannot be written, or None."""
+    waiting: list[Any] = [vars(value)]
+    while waiting:
+        each = waiting.pop()
+        if type(each) is collections.OrderedDict:
+            waiting.append(vars(each))
+        if type(each) in (dict, collections.OrderedDict):
+            waiting += (*each, *each.values())
+        elif type(each) is list:
+            waiting += each
+        elif (why := why_not(each)) is not None:
+            return f"its attributes: {why}"
+    return None
+
+
 def _is_torchs(value: object) -> bool:
     """Whether the names in a value are torch's own. A damaged repository may say anything there."""
     if isinstance(value, Dtype):
