@@ -62,7 +62,8 @@ are more than grid.chunk_list chunks. *Layout* is nil for C order, or the dimens
 memory to the innermost, or {"alias": [group, byte offset in the group, byte strides or nil for C order]}.
 The words of a RANDOM and the arrays of a NUMPY_GENERATOR are little endian. Its class is "Generator",
 "RandomState" or "BitGenerator", its fields are those of numpy's `state`, and its *seed sequence* is
-[entropy, [spawn key, ...], pool size, children spawned].
+[entropy, [spawn key, ...], pool size, children spawned]. Entropy and key have at most
+2^14 words of 32 bits.
 *Flags* is a sum of BIG_ENDIAN, REQUIRES_GRAD, PARAMETER and COALESCED below.
 The components of a TORCH_SUBCLASS are tensors of any kind under the names that its class gives them; of a
 class that only relabels a plain tensor there is one, called "".
