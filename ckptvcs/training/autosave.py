@@ -642,6 +642,8 @@ def _monitor(repo: Repo, metric: str, mode: str | None, patience: int | None, mi
     assumed: str | None = None
     with contextlib.suppress(InvalidError):
         assumed = repo.metric_mode(metric)
+    if mode is None and assumed is None:
+        raise InvalidError(f"is a small or a large {metric} better?", hint="give mode='min' or mode='max'")
     if mode is None:
         return Monitor(metric, repo.metric_mode(metric), patience, min_delta)
     if assumed != mode:

@@ -303,8 +303,9 @@ def test_the_best_of_those_that_are_due(repo: Repo) -> None:
 
 
 def test_the_mode_is_recorded(place: Path, repo: Repo) -> None:
-    with pytest.raises(InvalidError, match="small or a large reward"):
+    with pytest.raises(InvalidError, match="small or a large reward") as unsaid:
         Autosave(repo, new_state(), every=1, monitor="reward")
+    assert "mode=" in (unsaid.value.hint or "")
     with Autosave(repo, new_state(), every=1, monitor="val_loss", mode="min"):
         assert repo.config.metric_mode("val_loss") is None  # the name says so already
     state = new_state()
