@@ -161,7 +161,7 @@ class Background:
             skipped.blocked = self._seconds() - begun
             return skipped
         pending = PendingCommit(waited=self._seconds() - asked)
-        carrier: threading.Thread | None = None
+        ours = [pending]  # until the carrier has taken it; an interruption must not leave it to both
         try:
             prepared, task = prepare()
             header = self._stage(prepared, task)
@@ -170,7 +170,7 @@ class Background:
             # On a thread of its own, where no signal interrupts it half way.
             carrier = threading.Thread(
                 target=self._carry,
-                args=(companion, header, begun, sent, pending, deliver, quiet),
+                args=(companion, header, begun, sent, ours, deliver, quiet),
                 name="ckptvcs-pending",
                 daemon=True,
             )
@@ -178,7 +178,7 @@ class Background:
             carrier.start()
             sent.wait()
         except BaseException as error:
-            if carrier is None or carrier.ident is None:
+            if _taken(ours) is not None:
                 pending.give_up(error)
                 self._turn.release()
             raise
@@ -194,7 +194,11 @@ class Background:
             self._memory = SharedMemory()
             self._staging = staging.Staging(self._threads, self._grid.chunk)
         memory = self._memory.reserve(size + len(body))
-        self._staging.fill(memory, layout)
+        try:
+            self._staging.fill(memory, layout)
+        except BaseException:
+            self._let_go()  # a second Ctrl-C leaves threads behind that still copy, into this memory
+            raise
         memory[size : size + len(body)] = body
         return canonical.encode([size, len(body)])
 
@@ -215,11 +219,14 @@ class Background:
         header: bytes,
         begun: float,
         sent: threading.Event,
-        pending: PendingCommit,
+        ours: list[PendingCommit],
         deliver: Deliver,
         quiet: bool,
     ) -> None:
         """One save, from the message to its outcome."""
+        pending = _taken(ours)
+        if pending is None:
+            return
         commit: Commit | None = None
         error: BaseException | None = None
         try:
@@ -278,6 +285,14 @@ class Background:
         if companion is not None:
             companion.abandon()
         self._let_go()
+
+
+def _taken(ours: list[PendingCommit]) -> PendingCommit | None:
+    """What only one of several threads gets."""
+    try:
+        return ours.pop()
+    except IndexError:
+        return None
 
 
 # -- what the writer answers ----------------------------------------------------------------------

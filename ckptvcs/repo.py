@@ -252,11 +252,13 @@ class Repo:
         """Let go of the repository. The handle cannot be used afterwards; closing twice is fine.
 
         Waits for a save in flight (`commit_async`). If one failed and its error was not raised yet, it
-        is raised here, after everything was closed.
+        is raised here, after everything was closed. CkptError (code `busy`) in a signal handler that came
+        while this thread was committing.
         """
         if self._closed:
             return
-        ending = [self, *self._shared.children] if self._owner else [self]
+        with self._shared.store.operation():  # else it would wait for what cannot go on before it returns
+            ending = [self, *self._shared.children] if self._owner else [self]
         try:
             with contextlib.ExitStack() as stack:  # of several errors each is raised, in a chain
                 for handle in ending:
@@ -428,6 +430,7 @@ class Repo:
         commits.plain_config(config)
         store = self._store
         store.format.check("write")
+        self._wait()
         with self._mutex:
             self._lineage()
             if self._head()[1] != self._tip:
@@ -458,6 +461,7 @@ class Repo:
             "job": shared.job,
             "author": self.author,
         }
+        self._wait()  # the save in flight was begun without this claim, and moves the tip
         for _ in range(_RETRIES):
             tip = self._tip if self._origin is not None else self._head()[1]
             claim = shared.store.claim(self._ref, tip, holder, steal=steal)
@@ -532,6 +536,7 @@ class Repo:
         store.format.check("write")
 
         def prepare() -> tuple[state_trees.Prepared, dict[str, Any]]:
+            self._open_shared()  # another thread may have closed it while this one waited for its turn
             self._settle()
             ref, _ = self._lineage()
             claim = self._claim
@@ -586,6 +591,11 @@ class Repo:
         if problem is not None:
             raise problem
         return made
+
+    def _wait(self) -> None:
+        """Wait for this handle's save in flight, whatever comes of it: it decides where the handle stands."""
+        if self._pending is not None:
+            self._pending.wait()
 
     def _settle(self) -> None:
         """Wait for this handle's save in flight, and raise what went wrong with it, unless that was done."""

@@ -177,12 +177,21 @@ def view_of(plain: Any, storage: Raw) -> Raw:
     )
 
 
+_CERTAIN: Final = 1 << 20
+"""Bytes of the smallest tensor that gets a witness. Kernels that update statistics (batch normalisation,
+observers of quantisation) write to small tensors without counting, and copying those costs nothing."""
+
+
 def witness(tensor: Any) -> Hashable:
     """What is the same again as long as nothing that torch counts has written to the tensor; None if torch
-    does not count for it.
+    does not count for it, and for small tensors.
 
-    Writes through `.data`, through a numpy view, and by foreign code go uncounted.
+    Fused optimizers are made to count from the first call on. Writes through `.data`, through a numpy view,
+    and by foreign code go uncounted.
     """
+    _count_fused_steps()
+    if tensor.numel() * tensor.element_size() < _CERTAIN:
+        return None
     try:
         version = tensor._version
     except RuntimeError:  # made in inference mode
@@ -192,6 +201,36 @@ def witness(tensor: Any) -> Hashable:
     identity = loaded().multiprocessing.reductions.StorageWeakRef(storage)
     view = (tensor.data_ptr(), storage.nbytes(), tuple(tensor.stride()), tuple(tensor.shape))
     return identity, version, view, tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
+@functools.cache
+def _count_fused_steps() -> None:
+    """Have the steps of fused optimizers count as writes. Their kernels write without telling, so this is
+    what `increment_version` is for."""
+    torch = loaded()
+
+    def count(optimizer: Any, *_: Any) -> None:
+        written: list[Any] = []
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                for parameter in group["params"]:
+                    _add_plain(parameter, written)
+                    for each in optimizer.state.get(parameter, {}).values():
+                        if isinstance(each, torch.Tensor):
+                            _add_plain(each, written)
+        if written:
+            torch.autograd.graph.increment_version(written)
+
+    importlib.import_module("torch.optim.optimizer").register_optimizer_step_post_hook(count)
+
+
+def _add_plain(tensor: Any, out: list[Any]) -> None:
+    """The tensors whose memory a tensor shows."""
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            _add_plain(getattr(tensor, name), out)
+    elif not tensor.is_inference():
+        out.append(tensor)
 
 
 def sparse(tensor: Any) -> tuple[str, int, dict[str, Any]] | None:

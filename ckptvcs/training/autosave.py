@@ -345,7 +345,9 @@ class Autosave:
         """What makes a save due, in words; None if nothing does. No other save is under way then."""
         if self._planner is not None:
             self._planner.stepped(at - self._left, writing=self._saver.busy)
-        self._take(self._saver.finished(wait=False))
+        ending = self._preemption.noted is not None
+        with self._settled() if ending else contextlib.nullcontext():
+            self._take(self._saver.finished(wait=False))
         better = self._observe(given)
         why = self._due(before, wanted, at, better=better, now=now)
         monitor = self._monitor
@@ -361,7 +363,8 @@ class Autosave:
             if self._save_last and self._saved_step != wanted.step:
                 why = why or "patience ran out"
         if why is not None:
-            self._wait()
+            with self._settled() if ending else contextlib.nullcontext():
+                self._wait()
         return why
 
     def _observe(self, given: Mapping[str, Any]) -> bool:
@@ -501,7 +504,9 @@ class Autosave:
         """An error of the save before does not keep the last one from being tried."""
         try:
             yield
-        except StorageError as error:
+        except CkptError as error:
+            if not _may_pass(error):
+                raise
             _log.warning("the save before failed: %s", error)
 
     def wait(self) -> None:
@@ -514,10 +519,12 @@ class Autosave:
     def close(self) -> None:
         """Save what is not saved yet, wait until it is durable, and give back branch and signals.
 
-        Raises what the last save raises, whatever `on_error` says: nobody would try again. Closing twice is
-        fine.
+        Raises what the last save raises, whatever `on_error` says: nobody would try again. A signal that came
+        since the last step is handed on then. Closing twice is fine.
         """
         self._close(save=self._save_last)
+        if self._preemption.noted is not None:
+            self._preemption.hand_on(self._preemption.noted)
 
     def _close(self, *, save: bool) -> None:
         if self._closed:

@@ -47,12 +47,14 @@ class Preemption:
     Attributes:
         noted: the signal that came first, or None.
         at: when it came, by `Disk.seconds`.
+        closed: whether nothing is noted any more.
     """
 
     def __init__(self, signals: Sequence[Signals], disk: Disk) -> None:
         """Installs the handlers. InvalidError outside the main thread, where Python allows none."""
         self.noted: Signals | None = None
         self.at = 0.0
+        self.closed = False
         self._disk = disk
         self._process = disk.process()
         self._earlier: dict[Signals, _Earlier] = {}
@@ -65,9 +67,7 @@ class Preemption:
                 hint="make the Autosave in the main thread, or pass signals=()",
             )
         for each in signals:
-            earlier = signal.getsignal(each)
-            while isinstance(earlier, _Note) and earlier.where() is None:
-                earlier = earlier.earlier  # of an Autosave that was forgotten
+            earlier = _living(signal.getsignal(each))
             if earlier is None:
                 _log.warning("%s has a handler outside Python; Autosave leaves it alone", each.name)
                 continue
@@ -76,8 +76,8 @@ class Preemption:
             signal.signal(each, self._handlers[each])
 
     def note(self, which: int) -> bool:
-        """A signal has come; False in a forked child, whose signals are not the job's."""
-        if self._disk.process() != self._process:
+        """A signal has come; False when closed, and in a forked child, whose signals are not the job's."""
+        if self.closed or self._disk.process() != self._process:
             return False
         if self.noted is None:
             self.noted, self.at = Signals(which), self._disk.seconds()
@@ -86,15 +86,16 @@ class Preemption:
     def hand_on(self, which: Signals) -> None:
         """Give a signal to whoever handled it before; SystemExit with 128 + its number if nobody did."""
         self.noted = None
-        earlier = self._earlier.get(which, signal.SIG_DFL)
+        earlier = _living(self._earlier.get(which, signal.SIG_DFL))
         if not callable(earlier):
             raise SystemExit(128 + which)
         earlier(which, None)
 
     def close(self) -> None:
         """Put the earlier handlers back, except where somebody installed another one since."""
+        self.closed = True
         if self._disk.process() != self._process or threading.current_thread() is not threading.main_thread():
-            return  # ours note what comes, and once this is gone hand it on at once
+            return  # ours hand on at once what comes
         for which, handler in self._handlers.items():
             if signal.getsignal(which) is handler:
                 signal.signal(which, self._earlier[which])
@@ -124,3 +125,10 @@ class _Note:
         else:
             signal.signal(which, self.earlier)
             signal.raise_signal(which)
+
+
+def _living(handler: Any) -> Any:
+    """A handler, or the one before it if it is ours and notes for nobody any more."""
+    while isinstance(handler, _Note) and ((noting := handler.where()) is None or noting.closed):
+        handler = handler.earlier
+    return handler

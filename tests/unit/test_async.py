@@ -31,7 +31,9 @@ from hypothesis import strategies as st
 
 import ckptvcs
 from ckptvcs import CkptError, ConflictError, LineageError, PendingCommit, Repo, StorageError
+from ckptvcs.background import Background
 from ckptvcs.ids import ObjectId
+from ckptvcs.state.staging import Staging
 from ckptvcs.state.tree import write
 from ckptvcs.testing.memory import MemoryStore
 from ckptvcs.testing.same import difference
@@ -429,9 +431,9 @@ def copied(repo: Repo) -> int:
 
 def test_frozen_tensors_are_copied_when_they_change(repo: Repo) -> None:
     state = {
-        "backbone": torch.nn.Linear(300, 300),
-        "head": torch.nn.Linear(300, 10),
-        "half": torch.randn(200, 300).T,
+        "backbone": torch.nn.Linear(512, 600),
+        "head": torch.nn.Linear(600, 10),
+        "half": torch.randn(500, 700).T,
     }
     frozen = ["backbone", "half"]
 
@@ -440,28 +442,48 @@ def test_frozen_tensors_are_copied_when_they_change(repo: Repo) -> None:
         assert repo.commit_async(state, frozen=frozen).result(PATIENCE).tree == wanted
         return copied(repo)
 
-    head = 4 * (300 * 10)  # its bias lives in the tree
-    everything = save()
-    assert everything == 4 * (300 * 300 + 300 + 300 * 10 + 200 * 300)
-    assert save() == head
+    always = 4 * (600 + 600 * 10)  # what is small; the head's bias lives in the tree
+    backbone, half = 4 * 512 * 600, 4 * 500 * 700
+    assert save() == always + backbone + half
+    assert save() == always
     with torch.no_grad():
         state["backbone"].weight.add_(1)  # type: ignore[union-attr, operator]
-    assert save() == head + 4 * 300 * 300
-    state["half"] = torch.randn(200, 300).T  # in the place of the old one, perhaps
-    assert save() == head + 4 * 200 * 300
+    assert save() == always + backbone
+    state["half"] = torch.randn(500, 700).T  # in the place of the old one, perhaps
+    assert save() == always + half
     state["half"].requires_grad_()  # type: ignore[union-attr]
-    assert save() == head
+    assert save() == always
     spoilt = state["half"].detach()  # type: ignore[union-attr]
     spoilt[3, 4] = 5
-    assert save() == head + 4 * 200 * 300
+    assert save() == always + half
     del state["backbone"]  # everything moves
-    assert save() == head + 4 * 200 * 300
+    assert save() == 4 * 600 * 10 + half
     frozen.clear()
-    assert save() == head + 4 * 200 * 300
+    assert save() == 4 * 600 * 10 + half
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+def test_writes_of_fused_optimizers_count(repo: Repo, optimizer: Any) -> None:
+    """Their kernels do not tell torch's version counters."""
+    model = torch.nn.Linear(600, 600)
+    state = {"model": model, "optimizer": optimizer(model.parameters(), lr=0.1, fused=True)}
+    for _ in range(3):
+        model(torch.randn(2, 600)).sum().backward()
+        state["optimizer"].step()
+        wanted = tree_of(state)
+        assert repo.commit_async(state, frozen="**").result(PATIENCE).tree == wanted
+
+
+def test_running_statistics_of_frozen_layers_are_copied(repo: Repo) -> None:
+    model = torch.nn.BatchNorm1d(500)
+    for _ in range(2):
+        model(torch.randn(3, 500))
+        wanted = tree_of(model.state_dict())
+        assert repo.commit_async(model.state_dict(), frozen="**").result(PATIENCE).tree == wanted
 
 
 def test_a_copy_that_was_interrupted_is_made_again(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = {"a": torch.randn(1000), "b": torch.randn(1000)}
+    state = {"a": torch.randn(300_000), "b": torch.randn(300_000)}
     repo.commit_async(state, frozen="**").result(PATIENCE)
     state["b"] += 1
     with monkeypatch.context() as patched:
@@ -470,7 +492,29 @@ def test_a_copy_that_was_interrupted_is_made_again(repo: Repo, monkeypatch: pyte
             repo.commit_async(state, frozen="**")
     wanted = tree_of(state)
     assert repo.commit_async(state, frozen="**").result(PATIENCE).tree == wanted
-    assert copied(repo) == 8000
+    assert copied(repo) == 2_400_000
+
+
+def test_copying_that_outlives_an_interruption_spoils_no_later_save(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two Ctrl-C leave threads that copy behind."""
+    late: list[Callable[[], None]] = []
+
+    def fill(staging: Any, memory: memoryview, layout: Any) -> None:
+        late.append(lambda: original(staging, memory, layout))
+        raise KeyboardInterrupt
+
+    original = Staging.fill
+    started(repo)
+    with monkeypatch.context() as patched:
+        patched.setattr(Staging, "fill", fill)
+        with pytest.raises(KeyboardInterrupt):
+            repo.commit_async({"a": np.zeros(1000)})
+    carry = Background._carry
+    monkeypatch.setattr(Background, "_carry", lambda *arguments: (late[0](), carry(*arguments)))
+    made = repo.commit_async({"a": np.ones(1000)}).result(PATIENCE)
+    assert repo.checkout(made)["a"].all()
 
 
 def interrupt(*_: object) -> None:
@@ -488,7 +532,9 @@ def test_ctrl_c_around_the_start_of_a_save(
 
     def interrupted(thread: threading.Thread) -> None:
         if after:
+            waiting = thread._args[4]  # type: ignore[attr-defined]
             start(thread)
+            until(lambda: not waiting)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -502,12 +548,38 @@ def test_ctrl_c_around_the_start_of_a_save(
     assert repo.commit_async({"n": 3}).result(PATIENCE).parents == (made.id,)
 
 
+def test_ctrl_c_while_the_save_is_starting(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that was to carry it finds that it is not to."""
+    first = started(repo).resolve()
+    start, carry = threading.Thread.start, Background._carry
+    gate, passed = threading.Event(), threading.Event()
+
+    def late(*arguments: Any) -> None:
+        gate.wait()
+        carry(*arguments)
+        passed.set()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Background, "_carry", late)
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            repo.commit_async({"n": 1})
+        gate.set()
+        assert passed.wait(PATIENCE)
+    assert repo.commit_async({"n": 2}).result(PATIENCE).parents == (first.id,)
+    assert repo.commit_async({"n": 3}, when_busy="skip").result(PATIENCE).step is None
+
+
 def test_memory_of_inference_mode_is_always_copied(repo: Repo) -> None:
     with torch.inference_mode():
-        state = {"a": torch.randn(1000)}
+        state = {"a": torch.randn(300_000)}
     for _ in range(2):
         repo.commit_async(state, frozen="**").result(PATIENCE)
-        assert copied(repo) == 4000
+        assert copied(repo) == 1_200_000
 
 
 # -- errors ---------------------------------------------------------------------------------------
@@ -683,6 +755,46 @@ def test_a_signal_handler_that_saves_is_refused(repo: Repo) -> None:
             return {"n": 1}
 
     assert repo.checkout(repo.commit_async({"nested": Nested()}).result(PATIENCE)) == {"nested": {"n": 1}}
+
+
+def test_a_signal_handler_that_closes_is_refused(repo: Repo) -> None:
+    """It would wait for the save that waits for it."""
+
+    class Nested:
+        def state_dict(self) -> dict[str, Any]:
+            with pytest.raises(CkptError) as caught:
+                repo.close()
+            assert caught.value.code == "busy"
+            return {"n": 1}
+
+    assert repo.checkout(repo.commit_async({"nested": Nested()}).result(PATIENCE)) == {"nested": {"n": 1}}
+    repo.commit({"nested": Nested()})
+    repo.close()
+
+
+def test_closing_while_another_thread_waits_for_its_turn(folder: Path) -> None:
+    repo = Repo.init(folder)
+    other = started(repo).on("other")
+    caught: list[str] = []
+
+    def save() -> None:
+        try:
+            other.commit_async({"n": 2})
+        except CkptError as error:
+            caught.append(error.code)
+
+    background = repo._shared.background
+    assert background is not None
+    writer = writer_of(repo)
+    background._turn.acquire()
+    thread = threading.Thread(target=save)
+    thread.start()
+    other._closed = True  # what `close` of the first handle does before it takes its turn
+    background._turn.release()
+    thread.join(PATIENCE)
+    assert caught == ["closed"]
+    repo.close()
+    assert gone(writer)
 
 
 # -- processes ------------------------------------------------------------------------------------

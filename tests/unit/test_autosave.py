@@ -723,6 +723,35 @@ def test_a_failed_save_is_tried_again_before_the_next_is_due(repo: Repo, clock: 
     assert whys(repo) == ["trying again"]
 
 
+def test_a_writer_that_was_killed_does_not_end_training(repo: Repo) -> None:
+    """The kernel does that when memory runs out."""
+
+    def kill() -> None:
+        background = repo._shared.background
+        assert background is not None
+        assert background._companion is not None
+        os.kill(background._companion.number, signal.SIGSTOP)
+        save.step(train(state), now=True)
+        os.kill(background._companion.number, signal.SIGKILL)
+
+    state = new_state()
+    with Autosave(repo, state, every=100, on_error="warn") as save:
+        save.step(train(state), now=True)
+        save.wait()
+        kill()
+        save.wait()
+        save.step(train(state), now=True)
+    assert steps(repo) == [1, 3]
+    with Autosave(repo, state, every=100) as save:  # nor does it keep the last save from being made
+        save.step(train(state), now=True)
+        save.wait()
+        kill()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            save.step(train(state))
+    assert steps(repo) == [1, 3, 4, 6]
+
+
 def test_a_last_save_that_fails_is_an_error(repo: Repo, blocking: bool, refusal: Refusal) -> None:
     state = new_state()
     save = Autosave(repo, state, every=5, on_error="warn", blocking=blocking)
@@ -869,6 +898,31 @@ def test_a_handler_that_somebody_installs_later_stays(repo: Repo, handlers: None
     assert signal.getsignal(signal.SIGTERM) is later
 
 
+def test_a_signal_behind_the_last_step_is_handed_on(repo: Repo, handlers: None) -> None:
+    state = new_state()
+    save = Autosave(repo, state, every=100)
+    save.step(train(state))
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        save.close()
+    assert caught.value.code == 143
+    assert steps(repo) == [1]
+    save.close()
+
+
+def test_a_closed_autosave_does_not_swallow_signals(repo: Repo, handlers: None) -> None:
+    """Not even where it was closed before one that was made later."""
+    first = Autosave(repo, new_state(), every=100)
+    state = new_state()
+    second = Autosave(repo.on("next"), state, every=100)
+    first.close()
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        second.step(train(state))
+    assert caught.value.code == 143
+    second.close()
+
+
 def test_a_forgotten_autosave_does_not_swallow_signals(place: Path, clock: Clock, handlers: None) -> None:
     seen: list[int] = []
     signal.signal(signal.SIGUSR1, lambda which, frame: seen.append(which))
@@ -904,7 +958,8 @@ def test_a_signal_when_saving_fails(repo: Repo, blocking: bool, refusal: Refusal
     with pytest.raises(StorageError):
         raising.step(train(state))
     refusal.end()
-    raising.close()
+    with pytest.raises(SystemExit):  # it was not handed on yet
+        raising.close()
     assert steps(repo) == [1, 3]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,19 @@ def test_what_a_claim_file_says_is_not_trusted(folder: Path, repo: Repo, other: 
     with pytest.raises(LockedError, match="was taken over"):
         repo.commit(small(1))
     claim.release()
+
+
+def test_claiming_and_checking_wait_for_the_save_in_flight(repo: Repo, other: Repo) -> None:
+    """It moves the tip, which would look like somebody else's doing."""
+    repo.commit_async({"n": 0}).result()
+    background = repo._shared.background
+    assert background is not None
+    assert background._companion is not None
+    writer = background._companion.number
+    os.kill(writer, signal.SIGSTOP)
+    repo.commit_async({"n": 1})
+    threading.Timer(0.2, os.kill, (writer, signal.SIGCONT)).start()
+    claim = repo.claim()
+    assert claim.held
+    repo.check_commit({"n": 2})
+    assert repo.checkout(repo.commit({"n": 2}).parents[0]) == {"n": 1}
