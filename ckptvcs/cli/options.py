@@ -80,6 +80,7 @@ def complete_revision_or_path(
 
 
 def complete_branch(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Branches that begin so."""
     return _names(ctx, incomplete, lambda repo: list(repo.branches()))
 
 
