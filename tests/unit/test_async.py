@@ -833,6 +833,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
         return process
 
     once("first", close=True)
+    gc.collect()  # what other tests left
     before = leftovers()
     ended = [once(f"closed{n}", close=True) for n in range(4)]
     assert all(map(gone, ended))
