@@ -422,7 +422,22 @@ class _Plan:
         partial = self._only is not None and not any(
             paths.matches(pattern, self._source(path)) for pattern in self._only
         )
+        if partial:
+            self._refuse_parts_of_lists(stored, path)
         self._loads.append(load_of(self, path, stored, target, partial))
+
+    def _refuse_parts_of_lists(self, stored: Stored, path: str) -> None:
+        """What is selected is laid over what an object has, by name; items of a list have none."""
+        source = self._source(path)
+        if not isinstance(stored, Branch) or any(paths.matches(each, source) for each in self._only or ()):
+            return
+        if stored.kind in _LISTS | _TUPLES:
+            raise InvalidError(
+                f"only= selects a part of {source}, a {stored.kind} that an object loads as a whole",
+                hint=f"select {source}, or the whole object",
+            )
+        for key, child in zip(stored.keys, stored.children, strict=True):
+            self._refuse_parts_of_lists(child, paths.join(path, paths.name(key)))
 
     def ask_last(self, reader: ObjectReader) -> None:
         """Ask those who are loaded last what they cannot take. What is stored for them is small."""

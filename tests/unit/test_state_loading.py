@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from ckptvcs.errors import CorruptionError, StateMismatchError
+from ckptvcs.errors import CorruptionError, InvalidError, StateMismatchError
 from ckptvcs.state import tree
 from ckptvcs.state.restore import fill
 from ckptvcs.testing.memory import MemoryStore
@@ -171,6 +171,25 @@ def test_a_part_of_an_optimizer_leaves_the_rest_uncast():
     assert difference(before["state"][2], now["state"][2]) is None
     assert now["state"][0]["exp_avg"].dtype is torch.float32
     assert torch.equal(now["state"][0]["exp_avg"], before["state"][0]["exp_avg"] + 1)
+
+
+@pytest.mark.parametrize("only", ["o/param_groups/0/lr", "o/param_groups/0", "o/*/0/lr"])
+def test_a_part_of_a_list_in_an_object_is_refused_before_anything_is_changed(only):
+    """Laid over what the optimizer has it would replace the whole list."""
+    model = net(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    train(model, optimizer)
+    store, id = stored({"o": optimizer, "n": 1})
+    live = torch.optim.AdamW(model.parameters(), lr=0.25)
+    target = {"o": live, "n": 2}
+    with pytest.raises(InvalidError, match="part of o/param_groups, a list") as caught:
+        fill(store, id, target, only=[only, "n"])
+    assert "o/param_groups" in caught.value.hint
+    assert target["n"] == 2
+    assert live.param_groups[0]["lr"] == 0.25
+    fill(store, id, target, only=["o/param_groups", "n"])
+    assert target["n"] == 1
+    assert live.param_groups[0]["lr"] == 0.5
 
 
 class CastingOptimizer(torch.optim.SGD):
