@@ -14,12 +14,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ckptvcs.disk import Disk, StrPath
 from ckptvcs.errors import ExistsError, InvalidError, NotFoundError
 from ckptvcs.history.commit import Commit, is_metric_name
 from ckptvcs.ids import Hasher, ObjectId
+
+if TYPE_CHECKING:
+    from ckptvcs.state.checkpoint import Checkpoint
 
 _SUFFIXES: Final = frozenset((".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz", ".distcp"))
 _FOLDER: Final = re.compile(r"(?:checkpoint|ckpt|step|iter|epoch|ep|global_?step)\D{0,2}\d+\Z", re.IGNORECASE)
@@ -38,6 +41,11 @@ _PART: Final = re.compile(
 _VERSION: Final = re.compile(r"-v\d+\Z")
 """What Lightning puts behind a name that is taken."""
 _STEPS_INSIDE: Final = ("global_step", "step", "iteration", "iter")
+_METRIC_INSIDE: Final = re.compile(
+    r"metrics/((?:[^/\\]|\\.)+)|((?:[^/]*_)?(?:loss|acc|accuracy|auc|f1|perplexity|reward))"
+)
+"""Where the checkpoints of hand-written loops keep metrics: in a dict of that name, or beside the model by a
+name that says so."""
 _LONGEST_STATE: Final = 64 << 20
 """Bytes of a `trainer_state.json` that are read."""
 _NO_METRICS: Final = frozenset(("step", "epoch", "total_flos"))
@@ -347,11 +355,12 @@ def _of_trainer(disk: Disk, path: Path) -> _Says:
 
 
 def _inside(disk: Disk, path: Path) -> _Says:
-    """What a checkpoint file says of itself: steps among its values, and Lightning's monitored score."""
-    from ckptvcs.state.checkpoint import Checkpoint, open_checkpoint
+    """What a checkpoint file says of itself: steps and metrics among its values, and Lightning's monitored
+    score."""
+    from ckptvcs.state.checkpoint import open_checkpoint
 
     try:
-        found: Checkpoint = open_checkpoint(disk, path)
+        found = open_checkpoint(disk, path)
     except InvalidError:  # of a kind unknown here: its name may say more
         return _Says()
     steps = (_position(_plain(found.leaves.get(name))) for name in _STEPS_INSIDE)
@@ -359,12 +368,22 @@ def _inside(disk: Disk, path: Path) -> _Says:
     for name, monitor in found.leaves.items():
         if name.startswith("callbacks/") and name.endswith("/monitor") and isinstance(monitor, str):
             place = name.removesuffix("monitor") + "current_score"
-            score = _number(found.leaves.get(place))
-            if score is None and place in found.tensors:
-                score = _scalar(found.tensors[place])
+            score = _number_at(found, place)
             if score is not None and is_metric_name(monitor):
                 says.metrics[monitor] = score
+    for place in (*found.leaves, *found.tensors):
+        match = _METRIC_INSIDE.fullmatch(place)
+        name = "" if match is None else re.sub(r"\\(.)", r"\1", match[1] or match[2])
+        number = _number_at(found, place) if is_metric_name(name) else None
+        if number is not None:
+            says.metrics[name] = number
     return says
+
+
+def _number_at(found: Checkpoint, place: str) -> int | float | None:
+    """A number among a file's values, be it a tensor."""
+    number = _number(found.leaves.get(place))
+    return _scalar(found.tensors[place]) if number is None and place in found.tensors else number
 
 
 def _scalar(tensor: Any) -> float | None:

@@ -224,6 +224,23 @@ def test_a_state_file_that_is_none(repo: Repo, tmp_path: Path, state: str) -> No
     assert (each.step, each.epoch, each.metrics) == (1, None, {})
 
 
+def test_metrics_of_a_hand_written_loop(repo: Repo, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    state = {
+        "model": {"loss": torch.ones(1)},
+        "step": 3,
+        "val_loss": 2.5,
+        "train_acc": torch.tensor(0.5),
+        "loss": float("nan"),
+        "lossy": 1.0,
+        "metrics": {"f1/macro": 0.25, "rank": 4, "note": "fine", "deep": {"er": 1.0}},
+    }
+    torch.save(state, run / "a_3.pt")
+    (each,) = repo.import_run(run).checkpoints
+    assert each.metrics == {"val_loss": 2.5, "train_acc": 0.5, "rank": 4, "f1/macro": 0.25}
+
+
 def test_what_cannot_be_recorded_stops_no_import(repo: Repo, tmp_path: Path) -> None:
     run = tmp_path / "run"
     hugging_face(run, (5,))
