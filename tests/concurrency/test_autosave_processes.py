@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import resource
@@ -91,6 +92,10 @@ class Job:
             start_new_session=True,
         )
         self.lines: list[str] = []
+        self._errors: list[str] = []
+        assert self.process.stderr is not None
+        self._listener = threading.Thread(target=self._errors.extend, args=(self.process.stderr,))
+        self._listener.start()
         JOBS.append(self)
 
     def until(self, beginning: str) -> str:
@@ -105,14 +110,19 @@ class Job:
 
     def end(self) -> tuple[int, str]:
         """Its status and what it wrote to standard error; `lines` has the rest."""
-        out, errors = self.process.communicate(timeout=300)
-        self.lines += out.splitlines()
+        # Not `communicate`, which would pass over lines that `until` has read ahead.
+        assert self.process.stdout is not None
+        self.lines += [line.rstrip("\n") for line in self.process.stdout]
+        self.process.wait(timeout=300)
+        self._listener.join()
+        errors = "".join(self._errors)
         return self.process.returncode, errors
 
     def close(self) -> None:
         """Kill it, and let go of its pipes."""
         self.process.kill()
         self.process.wait()
+        self._listener.join()
         for pipe in (self.process.stdout, self.process.stderr):
             assert pipe is not None
             pipe.close()
@@ -193,7 +203,8 @@ time.sleep(60)
 """
     first = Job(workers, place)
     worker = int(first.until("BEGUN").split()[1])
-    first.close()
+    first.process.kill()
+    first.process.wait()
     os.kill(worker, 0)  # it lives
     began = time.monotonic()
     second = Job(LOOP, place, 3, 1, 100)
@@ -280,8 +291,15 @@ def test_kills_and_requeues_end_as_a_run_that_was_not_killed(place: Path) -> Non
     reached, kills = 0, 0
     for _ in range(12):
         job = Job(LOOP, place, 60, 4, 200_000)
-        threading.Timer(0.6 + chance.random() * 1.5, job.process.kill).start()
+        assert job.process.stdout is not None
+        for line in itertools.islice(job.process.stdout, chance.randrange(1, 30)):
+            job.lines.append(line.rstrip("\n"))
+        time.sleep(chance.random() * 0.1)
+        job.process.kill()
         status, errors = job.end()
+        if status == 1:  # the writer of one that was killed may publish just before the claim of the next
+            assert "somebody else moved the branch" in errors
+            continue
         assert status in (0, -signal.SIGKILL), errors
         kills += status != 0
         begun = [line for line in job.lines if line.startswith("BEGUN")]
@@ -289,7 +307,7 @@ def test_kills_and_requeues_end_as_a_run_that_was_not_killed(place: Path) -> Non
             step = begun[0].split()[1]
             assert step == "None" or int(step) >= reached, "a commit went away"
             reached = max(reached, 0 if step == "None" else int(step))
-    for _ in range(2):  # the writer of one that was killed may publish just before the claim of the next
+    for _ in range(2):
         job = Job(LOOP, place, 60, 4, 200_000)
         status, errors = job.end()
         if status == 0:
