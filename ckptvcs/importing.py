@@ -20,6 +20,7 @@ from ckptvcs.disk import Disk, StrPath
 from ckptvcs.errors import ExistsError, InvalidError, NotFoundError
 from ckptvcs.history.commit import Commit, is_metric_name
 from ckptvcs.ids import Hasher, ObjectId
+from ckptvcs.store.format import FOLDER
 
 if TYPE_CHECKING:
     from ckptvcs.state.checkpoint import Checkpoint
@@ -50,7 +51,6 @@ _LONGEST_STATE: Final = 64 << 20
 """Bytes of a `trainer_state.json` that are read."""
 _NO_METRICS: Final = frozenset(("step", "epoch", "total_flos"))
 _PIECE: Final = 1 << 20
-_REPOSITORY: Final = ".ckpt"
 _MARK: Final = "import "
 
 
@@ -230,7 +230,7 @@ def _files(disk: Disk, found: Found) -> Iterator[tuple[str, Path]]:
         return
     for name in disk.names(found.path):
         path = found.path / name
-        if not path.is_symlink() and name.casefold() != _REPOSITORY:
+        if not path.is_symlink() and name.casefold() != FOLDER:
             inner = Found(f"{found.name}/{name}", path, 0, None, {})
             if disk.is_dir(path) or disk.is_file(path):
                 yield from _files(disk, inner)
@@ -289,7 +289,7 @@ def _in(disk: Disk, folder: Path, left_out: dict[str, str]) -> list[Found]:
             left_out[name] = f"a link to {path.readlink()}"
         elif "\n" in name:  # commits are found again by the first line of their message
             left_out[name] = "its name has a line break"
-        elif name.casefold() == _REPOSITORY:
+        elif name.casefold() == FOLDER:
             left_out[name] = "a repository"
         elif disk.is_dir(path) and not (_FOLDER.search(name) or _holds_checkpoint(disk, path)):
             left_out[name] = "a folder without checkpoint files"

@@ -13,6 +13,7 @@ from typing import Final
 from ckptvcs.disk import Disk, environment_variable, login
 from ckptvcs.errors import InvalidError
 from ckptvcs.history import refs
+from ckptvcs.store.format import FOLDER
 
 _JOBS: Final = (
     ("slurm", "SLURM_JOB_ID"),
@@ -21,9 +22,6 @@ _JOBS: Final = (
     ("sge", "JOB_ID"),
     ("flux", "FLUX_JOB_ID"),
 )
-
-FOLDER: Final = ".ckpt"
-"""The repository folder's name, inside the folder that people name."""
 
 
 class Environment:

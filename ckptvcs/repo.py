@@ -34,8 +34,9 @@ from ckptvcs.history.commit import Commit, CommitReport, Component
 from ckptvcs.history.graph import History
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ids import Kind, ObjectId
-from ckptvcs.opening import FOLDER, Environment, default_author, find, make_folders
+from ckptvcs.opening import Environment, default_author, find, make_folders
 from ckptvcs.store import Claim, LogEntry, Move, Operation, Publication, Reader, Store, Writer
+from ckptvcs.store.format import FOLDER
 
 if TYPE_CHECKING:
     from ckptvcs import importing

@@ -19,9 +19,9 @@ from ckptvcs.ids import Buffer
 from ckptvcs.state import paths
 from ckptvcs.state.formats.layout import File, Layout, Plain, TensorSource
 from ckptvcs.state.formats.recognise import recognise
+from ckptvcs.store.format import FOLDER
 
 _SHARD: Final = re.compile(r"-\d{5,6}-of-\d{5,6}(?=\.)")
-_REPOSITORY: Final = ".ckpt"
 
 Read: TypeAlias = Callable[[int, int], Buffer]
 """`read(offset, length)`: bytes of a tensor in C order and little endian."""
@@ -125,7 +125,7 @@ def files_below(disk: Disk, folder: Path, above: str = "") -> Iterator[tuple[str
     for name in disk.names(folder):
         path = folder / name
         if disk.is_dir(path):
-            if name.casefold() != _REPOSITORY and not path.is_symlink():
+            if name.casefold() != FOLDER and not path.is_symlink():
                 yield from files_below(disk, path, f"{above}{name}/")
         elif disk.is_file(path):
             yield above + name, path

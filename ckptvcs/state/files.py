@@ -38,9 +38,9 @@ from ckptvcs.state.interface import ObjectReader
 from ckptvcs.state.materialise import Filler, memory_for, resolve
 from ckptvcs.state.read import Content, StoredFile, StoredLink, StoredTensor, TensorInFile
 from ckptvcs.state.tensors import ArraySource, Raw, raw_dtype, swap
+from ckptvcs.store.format import FOLDER
 
 _log = logging.getLogger("ckptvcs")
-_REPOSITORY: Final = ".ckpt"
 _PERMISSIONS: Final = 0o777
 """Without setuid, setgid and sticky, which no checkout may bring back."""
 _CHUNKS_AT_ONCE: Final = 16
@@ -304,8 +304,8 @@ def _steps(name: object) -> list[str]:
 
 def _objection(step: str) -> str | None:
     """Why a name may not stand in a tree of files."""
-    if step.casefold() == _REPOSITORY:
-        return f"the name {_REPOSITORY} is the repository's own"
+    if step.casefold() == FOLDER:
+        return f"the name {FOLDER} is the repository's own"
     try:
         check_name(step)
     except StorageError as error:
@@ -319,9 +319,9 @@ def _collect(
     kind = folder.kind(name)
     if kind is None:
         raise NotFoundError(f"there is no file {folder.path / name}")
-    if name.casefold() == _REPOSITORY:
+    if name.casefold() == FOLDER:
         if kind != "folder":
-            odd.append((shown, f"the name {_REPOSITORY} is the repository's own"))
+            odd.append((shown, f"the name {FOLDER} is the repository's own"))
         return None
     if kind == "link":
         return LinkContent(folder.read_link(name))

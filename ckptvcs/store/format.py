@@ -427,6 +427,10 @@ def _text(value: object) -> str:
     return value
 
 
+FOLDER: Final = ".ckpt"
+"""The repository folder's name, inside the folder that people name. No file in a tree has it."""
+
+
 class Layout:
     """Every file name inside `.ckpt`. The names are relative; a repository may be moved."""
 

@@ -34,8 +34,8 @@ def init(path: str | None, compression: str | None, as_json: bool) -> None:
     ckpt init /data/runs
     ckpt init --compression small
     """
-    from ckptvcs.opening import FOLDER
     from ckptvcs.repo import Repo
+    from ckptvcs.store.format import FOLDER
 
     place = path or session.wanted_path() or "."
     with Repo.init(place, compression=compression) as repo:
