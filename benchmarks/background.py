@@ -47,7 +47,7 @@ def trained(state: dict[str, Any]) -> None:
 
 def writer_of(repo: ckptvcs.Repo) -> int:
     """The process id of the writer."""
-    background = repo._shared.background
+    background = repo._opened.background
     assert background is not None
     assert background._companion is not None
     return background._companion.number

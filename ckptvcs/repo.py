@@ -17,35 +17,33 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from ckptvcs import config as settings
-from ckptvcs.disk import Disk, StrPath, ThreadLock, scratch_folder
+from ckptvcs.committing import Committer
+from ckptvcs.disk import Disk, StrPath, scratch_folder
 from ckptvcs.errors import (
     CkptError,
     ConflictError,
     CorruptionError,
     ExistsError,
     InvalidError,
-    LineageError,
     NoRepositoryError,
     NotFoundError,
 )
-from ckptvcs.history import commit as commits
-from ckptvcs.history import environment, refs
-from ckptvcs.history.commit import Commit, CommitReport, Component
-from ckptvcs.history.graph import History
+from ckptvcs.history import refs
+from ckptvcs.history.commit import Commit
 from ckptvcs.history.revision import Revisions
-from ckptvcs.ids import Kind, ObjectId
+from ckptvcs.ids import ObjectId
+from ckptvcs.opened import Opened
 from ckptvcs.opening import Environment, default_author, find, make_folders
-from ckptvcs.store import Claim, LogEntry, Move, Operation, Publication, Reader, Store, Writer
+from ckptvcs.store import Claim, LogEntry, Move, Operation, Reader, Store
 from ckptvcs.store.format import FOLDER
 
 if TYPE_CHECKING:
     from ckptvcs import importing
-    from ckptvcs.background import Background, PendingCommit
+    from ckptvcs.background import PendingCommit
     from ckptvcs.maintenance import fsck, gc
     from ckptvcs.state import export as exporting
     from ckptvcs.state import files as file_trees
     from ckptvcs.state import tree as state_trees
-    from ckptvcs.state.bases import Bases, Held
     from ckptvcs.state.lazy import LazyTensor
 
 _log = logging.getLogger("ckptvcs")
@@ -89,42 +87,6 @@ class Restored(dict[str, Any]):
         return self.commit is not None
 
 
-class _Shared:
-    """What the handles of one opened repository have in common."""
-
-    def __init__(
-        self, store: Store, author: str | None, compression: str | None = None, job: str | None = None
-    ) -> None:
-        self.store = store
-        self.compression = compression
-        self.job = job
-        self.history = History(store)
-        self.author = author
-        self.children: list[Repo] = []
-        self.background: Background | None = None
-        self._mutex = ThreadLock()
-        self.config = self.read_config()
-
-    def in_background(self) -> Background:
-        """What stores in the background, for all handles."""
-        from ckptvcs.background import Background
-
-        with self._mutex:
-            if self.background is None:
-                self.background = Background(self.store.grid, self.store.threads, self.store.disk.seconds)
-            return self.background
-
-    def read_config(self) -> settings.Config:
-        path = self.store.layout.config
-        try:
-            text = self.store.disk.read(path).decode()
-        except FileNotFoundError:
-            text = ""
-        except UnicodeDecodeError:
-            raise InvalidError(f"{path} is not text", hint="mend it, or delete it") from None
-        return settings.Config(text, str(path))
-
-
 class Repo:
     """A handle on a repository. Its branch is fixed when it opens: another process moving HEAD never
     redirects a job. Not for use from several threads at once; open one handle per thread with `on`.
@@ -132,31 +94,13 @@ class Repo:
     An idle handle blocks nothing and keeps no bytes. Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, shared: _Shared, branch: str | None, *, owner: bool) -> None:
+    def __init__(self, opened: Opened, branch: str | None, *, owner: bool) -> None:
         """Use `Repo.init`, `Repo.open` or `on`."""
-        self._shared = shared
+        self._opened = opened
         self._owner = owner
-        self._closed = False
-        self._mutex = ThreadLock()
-        self._origin: ObjectId | None = None
-        self._warned = False
-        # The content of the commit this handle made last, so that its tree need not be read.
-        self._held: tuple[ObjectId, dict[str, Held]] | None = None
-        self._claim: Claim | None = None
-        self._pending: PendingCommit | None = None
-        self._ref: str | None
-        self._tip: ObjectId | None
-        with shared.store.snapshot() as snapshot:
-            if branch is not None:
-                self._ref = refs.branch_ref(branch)
-            else:
-                head = snapshot.ref(refs.HEAD)
-                self._ref = None if isinstance(head, ObjectId) else head
-                self._tip = head if isinstance(head, ObjectId) else None
-            if self._ref is not None:
-                tip = snapshot.ref(self._ref)
-                self._tip = tip if isinstance(tip, ObjectId) else None
-        self._revisions = Revisions(shared.store, shared.history, self._head, self._metric_mode)
+        self._committer = Committer(opened, branch)
+        self._revisions = Revisions(opened.store, opened.history, self._committer.head, self._metric_mode)
+        opened.committers.append(self._committer)
 
     # -- opening and closing ---------------------------------------------------------------------
 
@@ -185,7 +129,7 @@ class Repo:
             who=environ.author or default_author(),
             threads=environ.threads,
         )
-        return cls(_Shared(store, environ.author, job=environ.job), environ.branch, owner=True)
+        return cls(Opened(store, environ.author, job=environ.job), environ.branch, owner=True)
 
     @classmethod
     def open(
@@ -237,17 +181,15 @@ class Repo:
             )
         store = Store.open(root, disk, threads=environ.threads, say=say or _log.warning, rebuild=rebuild)
         try:
-            shared = _Shared(store, environ.author, compression, environ.job)
-            return cls(shared, branch or environ.branch, owner=True)
+            opened = Opened(store, environ.author, compression, environ.job)
+            return cls(opened, branch or environ.branch, owner=True)
         except BaseException:
             store.close()
             raise
 
     def on(self, branch: str) -> Repo:
         """A second handle on the same repository, on another branch. Closed with this one."""
-        handle = Repo(self._open_shared(), branch, owner=False)
-        self._shared.children.append(handle)
-        return handle
+        return Repo(self._open(), branch, owner=False)
 
     def close(self) -> None:
         """Let go of the repository. The handle cannot be used afterwards; closing twice is fine.
@@ -256,24 +198,22 @@ class Repo:
         is raised here, after everything was closed. CkptError (code `busy`) in a signal handler that came
         while this thread was committing.
         """
-        if self._closed:
+        if self._committer.closed:
             return
-        with self._shared.store.operation():  # else it would wait for what cannot go on before it returns
-            ending = [self, *self._shared.children] if self._owner else [self]
+        opened = self._opened
+        with opened.store.operation():  # else it would wait for what cannot go on before it returns
+            ending = list(opened.committers) if self._owner else [self._committer]
         try:
             with contextlib.ExitStack() as stack:  # of several errors each is raised, in a chain
-                for handle in ending:
-                    stack.callback(handle._settle)
+                for committer in ending:
+                    stack.callback(committer.settle)
         finally:
-            for handle in ending:
-                with handle._mutex:  # a commit that another thread is making there ends first
-                    handle._closed = True
-                    if handle._claim is not None:
-                        handle._claim.release()
+            for committer in ending:
+                committer.close()
             if self._owner:
-                if self._shared.background is not None:
-                    self._shared.background.close()
-                self._shared.store.close()
+                if opened.background is not None:
+                    opened.background.close()
+                opened.store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -294,63 +234,56 @@ class Repo:
     def __repr__(self) -> str:
         return f"Repo({str(self.path)!r}, branch={self.branch_name!r})"
 
-    def _open_shared(self) -> _Shared:
-        if self._closed:
+    def _open(self) -> Opened:
+        if self._committer.closed:
             raise CkptError("this repository handle is closed", code="closed", hint="open it again")
-        return self._shared
+        return self._opened
 
     @property
     def _store(self) -> Store:
-        return self._open_shared().store
+        return self._open().store
 
     # -- what it is ------------------------------------------------------------------------------
 
     @property
     def path(self) -> Path:
         """The folder that holds `.ckpt`."""
-        return self._shared.store.layout.root.parent
+        return self._opened.folder
 
     @property
     def branch_name(self) -> str | None:
         """The handle's branch, born or not; None when HEAD was detached at open."""
-        return None if self._ref is None else self._ref.removeprefix(refs.HEADS)
+        return self._committer.branch
 
     @property
     def origin(self) -> Commit | None:
         """The commit this handle restored or committed last: where its next one comes from."""
-        origin = self._origin
-        return None if origin is None else self._open_shared().history.commit(origin)
+        origin = self._committer.origin
+        return None if origin is None else self._open().history.commit(origin)
 
     @property
     def disk(self) -> Disk:
         """The door to files and the clock through which this repository is used."""
-        return self._shared.store.disk
+        return self._opened.store.disk
 
     @property
     def author(self) -> str:
         """Who commits: `CKPT_AUTHOR`, else the config's author, else login@host."""
-        shared = self._open_shared()
-        return shared.author or shared.config.get("author") or default_author()
+        opened = self._open()
+        return opened.author or opened.config.get("author") or default_author()
 
     @property
     def config(self) -> settings.Config:
         """The repository's settings as they were at open, or after the last `configure`."""
-        return self._open_shared().config
+        return self._open().config
 
     def configure(self, key: str, value: str | None) -> None:
         """Set a setting from text, or unset it (None). Durable on return."""
-        shared = self._open_shared()
-        shared.config = shared.read_config()
-        text = shared.config.with_value(key, value)
-        shared.store.disk.replace(shared.store.layout.config, text.encode())
-        shared.config = shared.read_config()
-
-    def _head(self) -> tuple[str | None, ObjectId | None]:
-        if self._ref is None:
-            return None, self._tip
-        with self._store.snapshot() as snapshot:
-            tip = snapshot.ref(self._ref)
-        return self._ref, tip if isinstance(tip, ObjectId) else None
+        opened = self._open()
+        opened.config = opened.read_config()
+        text = opened.config.with_value(key, value)
+        opened.store.disk.replace(opened.store.layout.config, text.encode())
+        opened.config = opened.read_config()
 
     def _metric_mode(self, metric: str) -> str | None:
         return self.config.metric_mode(metric)
@@ -358,7 +291,7 @@ class Repo:
     def metric_mode(self, metric: str) -> str:
         """Whether small or large values of a metric are better: 'min' or 'max', by the setting
         `metric.NAME.mode`, else by its name. InvalidError if neither tells."""
-        self._open_shared()
+        self._open()
         return self._revisions.mode(metric)
 
     # -- committing ------------------------------------------------------------------------------
@@ -401,8 +334,8 @@ class Repo:
         from ckptvcs.state.distributed import refuse_on_other_ranks
 
         refuse_on_other_ranks()
-        attached = None if files is None else file_trees.attached(self._store.disk, files)
-        return self._commit(
+        attached = None if files is None else file_trees.attached(self.disk, files)
+        return self._committer.commit(
             lambda writer, bases: state_trees.write(writer, state, attached, bases),
             message,
             step=step,
@@ -423,20 +356,7 @@ class Repo:
             LineageError: the handle restored a commit that is not its branch's tip, or HEAD is detached.
             ConflictError: somebody moved the branch since this handle saw it.
         """
-        from ckptvcs.state import tree as state_trees
-        from ckptvcs.state.distributed import refuse_on_other_ranks
-
-        refuse_on_other_ranks()
-        commits.plain_metrics(metrics)
-        commits.plain_config(config)
-        store = self._store
-        store.format.check("write")
-        self._wait()
-        with self._mutex:
-            self._lineage()
-            if self._head()[1] != self._tip:
-                raise self._moved()
-        state_trees.check(state)
+        self._committer.check(state, metrics, config)
 
     def claim(self, *, steal: bool = False) -> Claim:
         """Claim this handle's branch for this process, until `release`, `close` or the process's end.
@@ -453,35 +373,12 @@ class Repo:
         somebody moved the branch since this handle saw it, and then takes nothing over; LineageError if
         HEAD is detached.
         """
-        shared = self._open_shared()
-        if self._ref is None:
-            raise _detached()
-        holder = {
-            "process": self.disk.process(),
-            "host": self.disk.host(),
-            "job": shared.job,
-            "author": self.author,
-        }
-        self._wait()  # the save in flight was begun without this claim, and moves the tip
-        for _ in range(_RETRIES):
-            tip = self._tip if self._origin is not None else self._head()[1]
-            claim = shared.store.claim(self._ref, tip, holder, steal=steal)
-            if claim is not None:
-                with self._mutex:
-                    self._tip = tip
-                    if self._claim is not None:
-                        self._claim.release()
-                    self._claim = claim
-                return claim
-            if self._origin is not None:
-                break
-        raise self._moved()
+        return self._committer.claim(steal=steal)
 
     @property
     def claimed(self) -> Claim | None:
         """The claim on the branch that this handle holds; None without one."""
-        claim = self._claim
-        return claim if claim is not None and claim.held else None
+        return self._committer.claimed
 
     def commit_async(
         self,
@@ -521,92 +418,19 @@ class Repo:
         or else by the next commit of this handle, or by `close`; if the program ends before any of them,
         it is logged and the exit status is 120. CkptError (code `writer-lost`) if the writer process died.
         """
-        shared = self._open_shared()
-        store = shared.store
-        begun = store.disk.seconds()
-        from ckptvcs.state import files as file_trees
-        from ckptvcs.state import tree as state_trees
-        from ckptvcs.state.distributed import refuse_on_other_ranks
-        from ckptvcs.state.paths import matcher
-
-        refuse_on_other_ranks()
-        if when_busy not in ("wait", "skip"):
-            raise InvalidError(f"when_busy is {when_busy!r}", hint="'wait' or 'skip'")
-        fields = self._fields(message, step, epoch, metrics, config, environment)
-        is_frozen = matcher(frozen) if frozen else None
-        store.format.check("write")
-
-        def prepare() -> tuple[state_trees.Prepared, dict[str, Any]]:
-            self._open_shared()  # another thread may have closed it while this one waited for its turn
-            self._settle()
-            ref, _ = self._lineage()
-            claim = self._claim
-            if claim is not None:
-                claim.check()
-            fields["time"] = store.disk.now_ns()
-            attached = None if files is None else file_trees.attached(store.disk, files)
-            return state_trees.prepare(store.grid, state, attached, is_frozen), {
-                "folder": str(self.path),
-                "branch": self.branch_name,
-                "ref": ref,
-                "tip": self._tip and bytes(self._tip),
-                "origin": self._origin and bytes(self._origin),
-                "claim": None if claim is None or claim.released else claim.token,
-                "compression": self._compression(),
-                "fields": fields,
-            }
-
-        with store.operation():
-            if self._pending is not None and self._pending.done():
-                self._settle()
-            return shared.in_background().save(
-                begun,
-                when_busy == "wait",
-                prepare,
-                announce=self._begin,
-                deliver=lambda answer: self._delivered(answer, fields),
-                quiet=quiet,
-            )
-
-    def _begin(self, pending: PendingCommit) -> None:
-        self._pending = pending
-
-    def _delivered(self, answer: Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Commit | None:
-        """The commit that the writer process made, where this handle stands from now on. Without an
-        answer: the one it made before it died, if it did."""
-        from ckptvcs.background import commit_of, is_of
-
-        made, problem = None, None
-        if answer is not None:
-            try:
-                made = commit_of(answer, fields)
-            except CkptError as error:
-                problem = error
-        if made is None and self._head()[1] not in (None, self._tip):
-            # Like `commit` after an interruption: what became durable is where this handle stands.
-            tip = self.resolve("HEAD")
-            made = tip if is_of(tip, fields) else None
-        with self._mutex:
-            if made is not None:
-                self._tip = self._origin = made.id
-        if problem is not None:
-            raise problem
-        return made
-
-    def _wait(self) -> None:
-        """Wait for this handle's save in flight, whatever comes of it: it decides where the handle stands."""
-        if self._pending is not None:
-            self._pending.wait()
-
-    def _settle(self) -> None:
-        """Wait for this handle's save in flight, and raise what went wrong with it, unless that was done."""
-        pending = self._pending
-        if pending is not None:
-            try:
-                pending.surface()
-            finally:
-                if pending.done():
-                    self._pending = None
+        return self._committer.commit_async(
+            state,
+            message,
+            step=step,
+            epoch=epoch,
+            metrics=metrics,
+            config=config,
+            files=files,
+            circumstances=environment,
+            when_busy=when_busy,
+            frozen=frozen,
+            quiet=quiet,
+        )
 
     def commit_files(
         self,
@@ -629,7 +453,7 @@ class Repo:
         from ckptvcs.state import tree as state_trees
 
         folder = file_trees.collected(self._store.disk, paths)
-        return self._commit(
+        return self._committer.commit(
             lambda writer, bases: state_trees.write(writer, files=folder, bases=bases),
             message,
             step=step,
@@ -639,185 +463,10 @@ class Repo:
             continues=continues,
         )
 
-    def _commit(
-        self,
-        write: Callable[[Writer, Bases], state_trees.Written],
-        message: str,
-        *,
-        step: Any,
-        epoch: Any,
-        metrics: Mapping[str, Any] | None,
-        config: Any,
-        circumstances: Mapping[str, Any] | None = None,
-        continues: bool = False,
-    ) -> Commit:
-        shared = self._open_shared()
-        started = shared.store.disk.seconds()
-        self._settle()
-        fields = self._fields(message, step, epoch, metrics, config, circumstances)
-        with self._mutex, shared.store.operation():
-            if continues and self._origin is None:
-                self._origin = self._tip
-            return self._make(write, fields, started)
-
-    def _fields(
-        self,
-        message: str,
-        step: Any,
-        epoch: Any,
-        metrics: Mapping[str, Any] | None,
-        config: Any,
-        circumstances: Mapping[str, Any] | None,
-    ) -> dict[str, Any]:
-        """What a commit records besides its tree and lineage, checked."""
-        if not isinstance(message, str):
-            raise InvalidError(f"message must be text, not a {type(message).__name__}")
-        return {
-            "author": self.author,
-            "message": message,
-            "step": commits.checked_step(step),
-            "epoch": commits.checked_epoch(epoch),
-            "metrics": commits.plain_metrics(metrics),
-            "config": commits.plain_config(config),
-            "overrides": {},
-            "environment": {
-                **(environment.capture() if self.config.get("environment") else {}),
-                **commits.plain_config(circumstances, "environment"),
-            },
-        }
-
-    def _make(
-        self,
-        write: Callable[[Writer, Bases], state_trees.Written],
-        fields: dict[str, Any],
-        started: float,
-    ) -> Commit:
-        """Store a tree and publish its commit, within `Store.operation`. Without a time it is made now."""
-        shared = self._open_shared()
-        ref, parents = self._lineage()
-        if self._claim is not None:
-            self._claim.check()  # and again when the refs move; nothing need be hashed to find it gone
-        with shared.store.writer(self._compression()) as writer:
-            tree, sizes, held = write(writer, self._bases(parents))
-            writer.section("")
-            fields = {"time": shared.store.disk.now_ns()} | fields
-            fields |= {"tree": tree, "parents": parents, "origin": self._origin, "sizes": sizes}
-            (id,) = writer.put_objects(Kind.COMMIT, [commits.encode_commit(**fields)])
-            lost = self._free_lost_name(ref, id)
-            stored = sum(tally.stored for tally in writer.tallies.values())
-            publication = Publication(
-                root=id,
-                moves=(Move(ref, self._tip, id),),
-                rescue=Move(lost, None, id),
-                require=tuple(dict.fromkeys((*parents, *filter(None, [self._origin])))),
-                time=fields["time"],
-                who=fields["author"],
-                why=f"commit: {_shortened(fields['message'])}".rstrip(": "),
-                info={"given": sum(sizes.values()), "stored": stored},
-                claim=self._claim,
-            )
-            won = False
-            try:
-                won = writer.publish(publication)
-            finally:
-                # Also after an interruption: what became durable is where this handle stands.
-                with contextlib.suppress(CkptError):
-                    if won or self._head()[1] == id:
-                        self._tip = self._origin = id
-                        self._held = id, held
-            tallies = writer.tallies
-        shared.store.catch_up_journal()
-        if not won:
-            raise self._lost_race(ref, lost)
-        components = {
-            name: Component(
-                given=size,
-                new=size - tallies[name].reused if name in tallies else size,
-                reused=tallies[name].reused if name in tallies else 0,
-                stored=tallies[name].stored if name in tallies else 0,
-            )
-            for name, size in sizes.items()
-        }
-        report = CommitReport(
-            given=sum(sizes.values()),
-            new=sum(each.new for each in components.values()),
-            reused=sum(each.reused for each in components.values()),
-            stored=stored,
-            seconds=shared.store.disk.seconds() - started,
-            components=components,
-        )
-        return Commit(id=id, report=report, **fields)
-
-    def _compression(self) -> str:
-        return self._shared.compression or str(self.config.get("compression"))
-
-    def _bases(self, parents: Sequence[ObjectId]) -> Bases:
-        """What the new commit may be stored as a difference to: its first parent's content."""
-        from ckptvcs.state import tree as state_trees
-        from ckptvcs.state.bases import Bases
-
-        if not parents:
-            return Bases(dict)
-        if self._held is not None and self._held[0] == parents[0]:
-            held = self._held[1]
-            return Bases(lambda: held)
-
-        def load() -> dict[str, Held]:
-            with self._store.reader() as reader:
-                return state_trees.held(reader, self._shared.history.commit(parents[0]).tree)
-
-        return Bases(load)
-
-    def _free_lost_name(self, ref: str, id: ObjectId) -> str:
-        """Where the commit goes if it loses its race: 8 digits of its id, more if those are taken."""
-        place = f"{refs.LOST}{ref.removeprefix(refs.HEADS)}/"
-        with self._store.snapshot() as snapshot:
-            taken = snapshot.ref(place + id.short) is not None
-        return place + (str(id)[:32] if taken else id.short)
-
-    def _lineage(self) -> tuple[str, tuple[ObjectId, ...]]:
-        """The ref to move and the new commit's parents; refuses what would record a false parent."""
-        if self._ref is None:
-            raise _detached()
-        branch = self.branch_name
-        if self._tip is None:
-            return self._ref, () if self._origin is None else (self._origin,)
-        if self._origin is None and not self._warned:
-            self._warned = True
-            _log.warning(
-                "committing to %s, which has commits, without having restored one: "
-                "the log will show a fresh start",
-                branch,
-            )
-        if self._origin is not None and self._origin != self._tip:
-            raise LineageError(
-                f"this handle restored {self._origin.short}, which is not the tip of {branch} "
-                f"({self._tip.short}), so a commit there would have a false parent",
-                hint=f"work on a branch of its own: Repo.open(branch='NAME'), or "
-                f"`ckpt branch NAME {self._origin.short}`; `ckpt fork` does both",
-            )
-        return self._ref, (self._tip,)
-
-    def _moved(self) -> ConflictError:
-        return ConflictError(
-            f"somebody else moved the branch {self.branch_name} since this handle saw it",
-            hint="restore its tip and go on from there, or work on a branch of its own",
-        )
-
-    def _lost_race(self, ref: str, lost: str) -> ConflictError:
-        branch, kept = refs.shown(ref), refs.shown(lost)
-        return ConflictError(
-            f"somebody else moved the branch {branch} since this handle saw it; the commit is kept as {kept}",
-            hint=f"`ckpt branch NAME {kept}` makes it a branch of its own",
-            rescued=kept,
-        )
-
-    # -- reading ---------------------------------------------------------------------------------
-
     def resolve(self, rev: str | ObjectId | Commit = "HEAD") -> Commit:
         """The commit a revision names (docs/concepts: revisions)."""
-        shared = self._open_shared()
-        return shared.history.commit(self._revisions.resolve(rev))
+        opened = self._open()
+        return opened.history.commit(self._revisions.resolve(rev))
 
     def checkout(
         self,
@@ -893,9 +542,8 @@ class Repo:
         """
         from ckptvcs.state import restore as restoring
 
-        if self._pending is not None:
-            self._pending.wait()  # or its commit would be the origin of what is committed after this
-        _, tip = self._head()
+        self._committer.wait()  # or its commit would be the origin of what is committed after this
+        _, tip = self._committer.head()
         if rev is None:
             if tip is None:
                 return Restored()
@@ -907,16 +555,12 @@ class Repo:
             )
         with self._reading(commit) as reader:
             filled = restoring.fill(reader, commit.tree, into, only=only, strict=strict, rename=rename)
-        with self._mutex:
-            self._origin = commit.id
-            # The tip may have moved on meanwhile: then the next commit meets a conflict, as it should.
-            if self._ref is not None and commit.id in (tip, self._head()[1]):
-                self._tip = commit.id
+        self._committer.stand_at(commit.id, tip)
         return Restored(commit, *filled)
 
     def _state_before(self, commit: Commit) -> str:
         """Where to find a state when a commit has none."""
-        for older in self._shared.history.first_parents(commit.id):
+        for older in self._opened.history.first_parents(commit.id):
             if self.has_state(older):
                 return f"the nearest before it with a state is {older.id.short}: restore(state, rev=...)"
         return "no commit before it holds one either; check out its files instead"
@@ -947,17 +591,17 @@ class Repo:
 
         `first_parent` follows first parents alone: one line of commits, from one revision.
         """
-        shared = self._open_shared()
+        opened = self._open()
         revs = [rev] if isinstance(rev, (str, ObjectId, Commit)) else rev
         tips = [self._revisions.resolve(each) for each in revs]
         if first_parent and len(tips) != 1:
             raise InvalidError("first_parent follows one revision, not several")
-        found = shared.history.first_parents(tips[0]) if first_parent else shared.history.walk(tips)
+        found = opened.history.first_parents(tips[0]) if first_parent else opened.history.walk(tips)
         yield from itertools.islice(found, n)
 
     def metrics(self, commit: Commit) -> dict[str, Any]:
         """A commit's metrics together with those that notes added later."""
-        self._open_shared()
+        self._open()
         return self._revisions.metrics(commit)
 
     def has_state(self, rev: str | ObjectId | Commit = "HEAD") -> bool:
@@ -1117,7 +761,7 @@ class Repo:
         name = branch or importing.branch_for(Path(folder))
         refs.branch_ref(name)
         if dry_run:
-            return self.rehearsed_import(folder, compression=self._compression(), branch=name, say=say)
+            return self.rehearsed_import(folder, compression=self._opened.level, branch=name, say=say)
         return importing.run(self.on(name), self._store.disk, Path(folder), name, say)
 
     @classmethod
@@ -1197,10 +841,10 @@ class Repo:
         return self._delete_ref(refs.tag_ref(name), force, "tag")
 
     def _delete_ref(self, ref: str, force: bool, what: str) -> ObjectId:
-        shared = self._open_shared()
+        opened = self._open()
         name = refs.shown(ref)
         for _ in range(_RETRIES):
-            with shared.store.snapshot() as snapshot:
+            with opened.store.snapshot() as snapshot:
                 targets = snapshot.refs()
             target = targets.pop(ref, None)
             if not isinstance(target, ObjectId):
@@ -1210,13 +854,13 @@ class Repo:
                     f"{name} is the branch HEAD is on", hint="`ckpt switch` to another branch first"
                 )
             others = [t for t in targets.values() if isinstance(t, ObjectId)]
-            if not force and not any(commit.id == target for commit in shared.history.walk(others)):
+            if not force and not any(commit.id == target for commit in opened.history.walk(others)):
                 raise InvalidError(
                     f"{name} holds commits that nothing else refers to",
                     hint=f"`ckpt {what} -d --force {name}` (force=True) deletes it all the same",
                     code="unmerged",
                 )
-            if shared.store.update([Move(ref, target, None)], who=self.author, why=f"delete {what}: {name}"):
+            if opened.store.update([Move(ref, target, None)], who=self.author, why=f"delete {what}: {name}"):
                 return target
         raise ConflictError(f"the {what} {name} keeps moving", hint="stop its writer, then try again")
 
@@ -1284,9 +928,9 @@ class Repo:
 
         store = self._store
         if rebuild:
-            if self._shared.background is not None:
-                self._shared.background.close()  # its writer has the repository open
-            with self._mutex:
+            if self._opened.background is not None:
+                self._opened.background.close()  # its writer has the repository open
+            with self._committer.mutex:
                 try:
                     store.rebuilt = store.rebuild()
                 except BaseException:
@@ -1295,16 +939,3 @@ class Repo:
                     raise
                 store.reopen()
         return fsck.check(store, full=full)
-
-
-def _detached() -> LineageError:
-    return LineageError(
-        "HEAD is detached, so there is no branch to commit to",
-        hint="open the repository with branch=..., or `ckpt switch BRANCH`",
-    )
-
-
-def _shortened(message: str) -> str:
-    """A message's first line as the log keeps it."""
-    title = message.split("\n", 1)[0].strip()
-    return title if len(title) <= 100 else f"{title[:99]}…"

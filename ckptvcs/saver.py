@@ -25,15 +25,14 @@ class _Writer(Repo):
 
     def save(self, task: Mapping[str, Any], memory: memoryview) -> Commit:
         """Make the commit of a task, whose content lies in `memory`."""
-        started = self._store.disk.seconds()
-        prepared = transfer.prepared(task["tree"], memory, self._store.grid)
-        ref = self._ref = task["ref"]
-        self._tip, self._origin = (_id(task[name]) for name in ("tip", "origin"))
-        self._claim = None if task["claim"] is None else self._store.standing_claim(ref, task["claim"])
-        self._warned = True  # the trainer's handle did
-        self._shared.compression = task["compression"]
-        with self._mutex, self._store.operation():
-            return self._make(
+        store, committer = self._store, self._committer
+        started = store.disk.seconds()
+        prepared = transfer.prepared(task["tree"], memory, store.grid)
+        claim = None if task["claim"] is None else store.standing_claim(task["ref"], task["claim"])
+        committer.stand_for(task["ref"], _id(task["tip"]), _id(task["origin"]), claim)
+        self._opened.compression = task["compression"]
+        with committer.mutex, store.operation():
+            return committer.make(
                 lambda writer, bases: tree.store(writer, prepared, bases), task["fields"], started
             )
 

@@ -23,6 +23,7 @@ LAYERS = (
     {"rng"},  # a leaf of states, public by itself
     {"opening", "importing"},
     {"background"},
+    {"opened", "committing"},  # what handles share, their places on branches among it
     {"repo"},
     {"training"},
     {"saver"},  # runs in a process of its own, which `background` starts by this name

@@ -341,7 +341,7 @@ if "full" in sys.argv:
     if "blocking" in sys.argv:
         resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
     else:
-        writer = repo._shared.background._companion.number
+        writer = repo._opened.background._companion.number
         resource.prlimit(writer, resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
 if "raise" in sys.argv:
     say("DONE")

@@ -29,7 +29,7 @@ number = got.step + 1 if got else 0
 while True:
     state = state_of("trainer", number)
     pending = repo.commit_async(state, step=number)
-    print("begun", number, repo._shared.background._companion.number, flush=True)
+    print("begun", number, repo._opened.background._companion.number, flush=True)
     state["fresh"][:] = 0
     state["deep"].clear()
     if number % 3 == 0:

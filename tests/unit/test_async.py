@@ -50,7 +50,7 @@ def tree_of(state: Any) -> ObjectId:
 
 def writer_of(repo: Repo) -> int:
     """The process id of a handle's running writer."""
-    background = repo._shared.background
+    background = repo._opened.background
     assert background is not None
     assert background._companion is not None
     return background._companion.number
@@ -289,7 +289,7 @@ def test_tied_memory_is_copied_once(repo: Repo) -> None:
     weight = torch.randn(1000, 1000)
     wanted = tree_of({"a": weight, "b": weight.view(-1), "c": weight})
     assert repo.commit_async({"a": weight, "b": weight.view(-1), "c": weight}).result().tree == wanted
-    background = repo._shared.background
+    background = repo._opened.background
     assert background is not None
     assert background._staging is not None
     assert background._staging.copied == weight.nbytes
@@ -423,7 +423,7 @@ def test_the_log_line(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
 
 def copied(repo: Repo) -> int:
     """Bytes that the last save copied."""
-    background = repo._shared.background
+    background = repo._opened.background
     assert background is not None
     assert background._staging is not None
     return background._staging.copied
@@ -689,7 +689,7 @@ def test_a_writer_that_dies_while_idle(repo: Repo) -> None:
 def test_a_writer_that_dies_after_the_commit_was_durable(repo: Repo) -> None:
     """Its last word is lost, the commit is not, and the handle does not conflict with itself."""
     first = started(repo).resolve()
-    background = repo._shared.background
+    background = repo._opened.background
     assert background is not None
     companion = background._companion
     assert companion is not None
@@ -783,13 +783,13 @@ def test_closing_while_another_thread_waits_for_its_turn(folder: Path) -> None:
         except CkptError as error:
             caught.append(error.code)
 
-    background = repo._shared.background
+    background = repo._opened.background
     assert background is not None
     writer = writer_of(repo)
     background._turn.acquire()
     thread = threading.Thread(target=save)
     thread.start()
-    other._closed = True  # what `close` of the first handle does before it takes its turn
+    other._committer.closed = True  # what `close` of the first handle does before it takes its turn
     background._turn.release()
     thread.join(PATIENCE)
     assert caught == ["closed"]
@@ -874,7 +874,7 @@ KILLED = """
 
     repo = ckptvcs.Repo.open(sys.argv[1])
     repo.commit_async({"n": 0}).result()
-    print(repo._shared.background._companion.number, flush=True)
+    print(repo._opened.background._companion.number, flush=True)
     if sys.argv[2] == "fork" and os.fork() == 0:
         os.close(1)
         os.close(2)
@@ -961,7 +961,7 @@ SAME_CODE = """
     os.chdir("/tmp")
     with ckptvcs.Repo.open(sys.argv[1]) as repo:
         assert repo.commit_async({"n": 0}).result().message == ""
-        writer = repo._shared.background._companion
+        writer = repo._opened.background._companion
         print(open(f"/proc/{writer.number}/cmdline").read().count(sys.argv[2]))
 """
 

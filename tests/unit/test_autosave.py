@@ -112,7 +112,7 @@ class Refusal:
 
     def _limit(self, most: int) -> None:
         """The writer process may write no larger files."""
-        background = self.repo._shared.background
+        background = self.repo._opened.background
         assert background is not None
         assert background._companion is not None
         _, hard = resource.prlimit(background._companion.number, resource.RLIMIT_FSIZE)
@@ -727,7 +727,7 @@ def test_a_writer_that_was_killed_does_not_end_training(repo: Repo) -> None:
     """The kernel does that when memory runs out."""
 
     def kill() -> None:
-        background = repo._shared.background
+        background = repo._opened.background
         assert background is not None
         assert background._companion is not None
         os.kill(background._companion.number, signal.SIGSTOP)
@@ -771,7 +771,7 @@ def test_training_goes_on_when_the_writer_was_killed(repo: Repo, caplog: pytest.
     with Autosave(repo, state, every=1, on_error="warn") as save:
         go_on(save, state, 2)
         save.wait()
-        background = repo._shared.background
+        background = repo._opened.background
         assert background is not None
         assert background._companion is not None
         writer = background._companion.number

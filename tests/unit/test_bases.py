@@ -446,18 +446,18 @@ def test_a_handle_remembers_what_it_committed_as_its_tree_has_it(folder: Path) -
     (folder / "beside" / "x.bin").write_bytes(numbers(4).tobytes())
     with Repo.init(folder) as repo:
         commit = repo.commit(state, files={"beside": folder / "beside"})
-        assert repo._held is not None
-        assert repo._held[0] == commit.id
+        assert repo._committer.held is not None
+        assert repo._committer.held[0] == commit.id
         with repo._store.reader() as reader:
-            assert tree.held(reader, commit.tree) == repo._held[1]
+            assert tree.held(reader, commit.tree) == repo._committer.held[1]
         other = repo.on("other")
-        assert other._held is None
+        assert other._committer.held is None
 
 
 def test_the_first_commit_and_a_fresh_start_have_no_bases(repo: Repo) -> None:
-    assert repo._bases([]).find("w", "float32", (300,)) == ()
+    assert repo._committer._bases([]).find("w", "float32", (300,)) == ()
     commit = repo.commit({"w": numbers(1)})
-    found = repo.on("side")._bases([commit.id]).find("w", "float32", (300,))
+    found = repo.on("side")._committer._bases([commit.id]).find("w", "float32", (300,))
     assert found == (chunk_id(numbers(1).tobytes()),)
 
 
@@ -465,7 +465,7 @@ def test_a_parent_that_is_not_there_gives_no_bases(repo: Repo) -> None:
     commit = repo.commit({"w": numbers(1)})
     other = repo.on("side")
     missing = chunk_id(b"no commit")
-    assert other._bases([missing]).find("w", "float32", (300,)) == ()
+    assert other._committer._bases([missing]).find("w", "float32", (300,)) == ()
     with repo._store.index.change() as change:
         assert change.delete_row(commit.tree)
-    assert other._bases([commit.id]).find("w", "float32", (300,)) == ()
+    assert other._committer._bases([commit.id]).find("w", "float32", (300,)) == ()

@@ -169,7 +169,7 @@ def test_what_a_claim_file_says_is_not_trusted(folder: Path, repo: Repo, other: 
 def test_claiming_and_checking_wait_for_the_save_in_flight(repo: Repo, other: Repo) -> None:
     """It moves the tip, which would look like somebody else's doing."""
     repo.commit_async({"n": 0}).result()
-    background = repo._shared.background
+    background = repo._opened.background
     assert background is not None
     assert background._companion is not None
     writer = background._companion.number

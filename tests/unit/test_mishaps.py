@@ -177,7 +177,7 @@ def test_a_lock_that_another_thread_holds_does_not_stop_a_forked_child(repo: Rep
     taken, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with repo._store.lease._mutex, repo._mutex:
+        with repo._store.lease._mutex, repo._committer.mutex:
             taken.set()
             assert done.wait(30)
 

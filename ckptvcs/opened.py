@@ -1,0 +1,79 @@
+"""What the handles of one opened repository have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckptvcs import config as settings
+from ckptvcs.disk import ThreadLock
+from ckptvcs.errors import InvalidError
+from ckptvcs.history.graph import History
+from ckptvcs.opening import default_author
+from ckptvcs.store import Store
+
+if TYPE_CHECKING:
+    from ckptvcs.background import Background
+    from ckptvcs.committing import Committer
+
+
+class Opened:
+    """A store, with what its handles remember together.
+
+    Attributes:
+        store: the repository folder, opened.
+        history: its commits.
+        config: its settings as they were at open, or after the last `configure`.
+        job: the cluster's name for this process's job; None outside one.
+        compression: the level that the handle was opened with; None takes the config's.
+        committers: those of all handles; closed with the first one.
+        background: what stores in the background; None until something does.
+    """
+
+    def __init__(
+        self, store: Store, author: str | None, compression: str | None = None, job: str | None = None
+    ) -> None:
+        self.store = store
+        self.compression = compression
+        self.job = job
+        self.history = History(store)
+        self.committers: list[Committer] = []
+        self.background: Background | None = None
+        self._author = author
+        self._mutex = ThreadLock()
+        self.config = self.read_config()
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds `.ckpt`."""
+        return self.store.layout.root.parent
+
+    @property
+    def author(self) -> str:
+        """Who commits: `CKPT_AUTHOR`, else the config's author, else login@host."""
+        return self._author or self.config.get("author") or default_author()
+
+    @property
+    def level(self) -> str:
+        """The compression level of what is committed."""
+        return self.compression or str(self.config.get("compression"))
+
+    def in_background(self) -> Background:
+        """What stores in the background, for all handles."""
+        from ckptvcs.background import Background
+
+        with self._mutex:
+            if self.background is None:
+                self.background = Background(self.store.grid, self.store.threads, self.store.disk.seconds)
+            return self.background
+
+    def read_config(self) -> settings.Config:
+        """The settings as the file has them now."""
+        path = self.store.layout.config
+        try:
+            text = self.store.disk.read(path).decode()
+        except FileNotFoundError:
+            text = ""
+        except UnicodeDecodeError:
+            raise InvalidError(f"{path} is not text", hint="mend it, or delete it") from None
+        return settings.Config(text, str(path))
