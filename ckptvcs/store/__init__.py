@@ -8,6 +8,7 @@ from ckptvcs.store.index import Change, Row, Snapshot
 from ckptvcs.store.journal import (
     Drop,
     Expire,
+    Fork,
     LogEntry,
     Move,
     Note,
@@ -25,6 +26,7 @@ __all__ = [
     "Claim",
     "Drop",
     "Expire",
+    "Fork",
     "Grid",
     "LogEntry",
     "Move",

@@ -1,9 +1,9 @@
 """The index: one LMDB environment per repository. The only module that knows lmdb.
 
 It says where each record lies (`rows`), which packs are published (`packs`), what refs point at
-(`refs`), what happened (`log`), and what was annotated (`notes`, `pins`, `drops`, `status`). It never
-holds tensor bytes. It is a cache: rows and packs are derivable from the pack files, everything else from
-`refs.journal` (docs/format.md, "Index").
+(`refs`), what happened (`log`), and what was annotated (`notes`, `pins`, `drops`, `status`,
+`forks`). It never holds tensor bytes. It is a cache: rows and packs are derivable from the pack files,
+everything else from `refs.journal` (docs/format.md, "Index").
 
 Rules taken from LMDB's own caveats:
 - One environment per file and process, shared by all handles, found by (device, inode).
@@ -37,6 +37,7 @@ from ckptvcs.store.format import DAMAGED, HAS_BASE, MAX_STORED, Entry, PackName,
 from ckptvcs.store.journal import (
     Drop,
     Expire,
+    Fork,
     LogEntry,
     Move,
     Note,
@@ -57,6 +58,7 @@ TABLES: Final = {
     "pins": b"i",
     "drops": b"d",
     "status": b"s",
+    "forks": b"k",
 }
 """The first byte of every key says which table it belongs to. One LMDB database holds them all: named
 databases can only be opened through a write transaction, which would make every open wait for writers.
@@ -290,6 +292,14 @@ class Snapshot:
         """The state of each run, by branch."""
         return {key.decode(): value.decode() for key, value in self._items("status")}
 
+    def fork(self, branch: str) -> tuple[ObjectId, dict[str, Any]] | None:
+        """Where a branch was forked, and what its first restore sets anew; None if it was not."""
+        value = self._get("forks", branch.encode())
+        if value is None:
+            return None
+        commit, overrides = _scalar(value)
+        return ObjectId(commit), overrides
+
     def dump(self) -> dict[str, dict[bytes, bytes]]:
         """Every table as it lies in LMDB. For comparing an index with its rebuilt twin."""
         return {name: dict(self._items(name)) for name in TABLES}
@@ -373,6 +383,11 @@ class Change(Snapshot):
             case Status(branch, status):
                 assert status is not None
                 self._put("status", branch.encode(), status.encode())
+            case Fork(branch, None, _):
+                self._delete("forks", branch.encode())
+            case Fork(branch, commit, overrides):
+                assert commit is not None
+                self._put("forks", branch.encode(), _scalar_bytes([bytes(commit), overrides]))
             case Expire(before_position):
                 positions = [
                     position

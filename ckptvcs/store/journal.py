@@ -53,6 +53,12 @@ def _require_name(name: object, what: str, longest: int = LONGEST_NAME) -> None:
         raise InvalidError(f"{name[:40] + '…'!r} cannot be {what}: it is longer than {longest} bytes")
 
 
+def _is_plain(value: object) -> bool:
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    return type(value) in _SCALARS
+
+
 def _require_commit(id: object) -> None:
     _require(type(id) is ObjectId, f"a commit is named by its id, not by a {type(id).__name__}")
 
@@ -130,6 +136,26 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Fork:
+    """A branch begins at a commit, with values that its first restore sets anew: name to plain value. None
+    as the commit forgets it."""
+
+    branch: str
+    commit: ObjectId | None
+    overrides: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        _require_name(self.branch, "a branch")
+        if self.commit is not None:
+            _require_commit(self.commit)
+        _require(type(self.overrides) is dict, "a fork's overrides are a dict")
+        for name, value in self.overrides.items():
+            _require(type(name) is str and _is_plain(value), "a fork's overrides are names with plain values")
+
+    __hash__ = None  # type: ignore[assignment]  # it holds a dict
+
+
+@dataclass(frozen=True, slots=True)
 class Expire:
     """Log entries at positions below this one leave the log table."""
 
@@ -139,7 +165,7 @@ class Expire:
         _require_number(self.before, "a log position", 0)
 
 
-Operation: TypeAlias = Move | Note | Pin | Drop | Status | Expire
+Operation: TypeAlias = Move | Note | Pin | Drop | Status | Fork | Expire
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +226,8 @@ def _encode_operation(op: Operation) -> list[Any]:
             return ["drop", bytes(commit), list(names)]
         case Status(branch, status):
             return ["status", branch, status]
+        case Fork(branch, point, overrides):
+            return ["fork", branch, None if point is None else bytes(point), overrides]
         case Expire(before):
             return ["expire", before]
 
@@ -221,6 +249,9 @@ def _decode_operation(fields: Any) -> Operation:
     if kind == "status":
         branch, status = rest
         return Status(branch, status)
+    if kind == "fork":
+        branch, point, overrides = rest
+        return Fork(branch, None if point is None else _decode_commit(point), overrides)
     if kind == "expire":
         (before,) = rest
         return Expire(before)

@@ -19,7 +19,7 @@ from ckptvcs.state import codes, tree
 from ckptvcs.store import codec, index, journal
 from ckptvcs.store import format as layouts
 from ckptvcs.store.journal import Drop as DropRecord
-from ckptvcs.store.journal import Expire, Journal, LogEntry, Move, Note, Operation, Pin, Status
+from ckptvcs.store.journal import Expire, Fork, Journal, LogEntry, Move, Note, Operation, Pin, Status
 from ckptvcs.testing.memory import MemoryStore
 from tests.docs import pages
 
@@ -131,6 +131,7 @@ def test_operations() -> None:
         Pin(id, True),
         DropRecord(id, ("optimizer",)),
         Status("main", "running"),
+        Fork("x", id, {}),
         Expire(3),
     ]
     assert {type(op) for op in samples} == set(Operation.__args__)  # type: ignore[attr-defined]

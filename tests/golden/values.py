@@ -15,7 +15,7 @@ from ckptvcs.ids import Kind, ObjectId, chunk_id, object_id
 from ckptvcs.store import codec, difference, planes
 from ckptvcs.store.format import Entry, Format, Header, PackName, pack_footer, pack_object
 from ckptvcs.store.index import Row
-from ckptvcs.store.journal import Drop, Expire, LogEntry, Move, Note, Pin, Status
+from ckptvcs.store.journal import Drop, Expire, Fork, LogEntry, Move, Note, Pin, Status
 from ckptvcs.store.packs import Frame, make_frame
 from ckptvcs.testing.codecs import XOR, delta_frame
 
@@ -157,6 +157,8 @@ JOURNAL: Final = [
     LogEntry(13, 13, "b", "status", (Status("x", None),)),
     LogEntry(14, 14, "b", "expire", (Expire(3),)),
     LogEntry(15, 15, "b", "nothing", ()),
+    LogEntry(16, 16, "b", "fork", (Fork("x", PARENT_ID, {"optimizer.lr": 3e-4, "l": [1, None, "t"]}),)),
+    LogEntry(17, 17, "b", "fork", (Fork("x", None, {}),)),
 ]
 
 ROWS: Final = [

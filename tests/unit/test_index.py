@@ -22,7 +22,7 @@ from ckptvcs.ids import Kind, ObjectId, chunk_id
 from ckptvcs.store import index as index_module
 from ckptvcs.store.format import MAX_OBJECT, MAX_STORED, PackName
 from ckptvcs.store.index import TABLES, Index, PackInfo, Row, present
-from ckptvcs.store.journal import Drop, Expire, LogEntry, Move, Note, Pin, Status
+from ckptvcs.store.journal import Drop, Expire, Fork, LogEntry, Move, Note, Pin, Status
 
 ONE, TWO, THREE = (chunk_id(b"%d" % i) for i in range(3))
 PACK = PackName(bytes(range(16)), 3)
@@ -187,12 +187,22 @@ def test_the_log_and_what_it_does(index: Index) -> None:
         assert list(snapshot.log(after=7)) == []
         assert list(snapshot.log_backwards()) == log[::-1]
     with index.change() as change:
-        change.record(8, "me", "gone", [Move("refs/heads/x", TWO, None), Note(ONE, "a", None), Expire(6)])
+        change.record(8, "me", "fork", [Fork("x", ONE, {"a": [1, "b"]}), Fork("y", ONE, {})])
+    with index.snapshot() as snapshot:
+        assert snapshot.fork("x") == (ONE, {"a": [1, "b"]})
+        assert snapshot.fork("main") is None
+    with index.change() as change:
+        change.record(9, "me", "fork", [Fork("x", None, {})])
+    with index.snapshot() as snapshot:
+        assert snapshot.fork("x") is None
+        assert snapshot.fork("y") == (ONE, {})
+    with index.change() as change:
+        change.record(10, "me", "gone", [Move("refs/heads/x", TWO, None), Note(ONE, "a", None), Expire(8)])
     with index.snapshot() as snapshot:
         assert snapshot.ref("refs/heads/x") is None
         assert snapshot.notes(ONE) == {"b": "text"}
-        assert [entry.position for entry in snapshot.log()] == [6, 7, 8]
-        assert [entry.position for entry in snapshot.log_backwards()] == [8, 7, 6]
+        assert [entry.position for entry in snapshot.log()] == [8, 9, 10]
+        assert [entry.position for entry in snapshot.log_backwards()] == [10, 9, 8]
 
 
 def test_tables_do_not_run_into_each_other(index: Index) -> None:

@@ -20,6 +20,7 @@ from ckptvcs.store.journal import (
     LONGEST_NAME,
     Drop,
     Expire,
+    Fork,
     Journal,
     LogEntry,
     Move,
@@ -42,6 +43,9 @@ operations = st.one_of(
     st.builds(Pin, ids, st.booleans()),
     st.builds(Drop, ids, st.lists(texts, max_size=3).map(tuple)),
     st.builds(Status, texts, st.none() | texts),
+    st.builds(
+        Fork, texts, st.none() | ids, st.dictionaries(texts, st.integers() | st.lists(texts, max_size=2))
+    ),
     st.builds(Expire, st.integers(0, 2**40)),
 )
 

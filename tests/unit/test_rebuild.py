@@ -13,7 +13,7 @@ import pytest
 from ckptvcs.disk import Disk
 from ckptvcs.errors import CorruptionError, LockedError
 from ckptvcs.ids import Kind, ObjectId, chunk_id, object_id
-from ckptvcs.store import Drop, Expire, Move, Note, Pin, Row, Status, Store
+from ckptvcs.store import Drop, Expire, Fork, Move, Note, Pin, Row, Status, Store
 from ckptvcs.store.format import Entry, Layout, PackName, pack_object
 from ckptvcs.store.index import TABLES
 from ckptvcs.store.packs import Frame, PackWriter, make_frame
@@ -83,6 +83,8 @@ def test_every_table_comes_back(store: Store, monkeypatch: pytest.MonkeyPatch) -
         [Drop(first.id, ("rng",))],
         [Status("main", "running"), Status("x", "failed")],
         [Status("x", None)],
+        [Fork("x", first.id, {"optimizer.lr": 3e-4}), Fork("y", first.id, {"a": [1, "b"]})],
+        [Fork("x", None, {})],
         [Expire(4)],
     ]
     for each in operations:
