@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ckptvcs.disk import StrPath, ThreadLock
-from ckptvcs.errors import CkptError, ConflictError, InvalidError, LineageError
+from ckptvcs.errors import CkptError, ConflictError, InvalidError, LineageError, NotFoundError
 from ckptvcs.history import commit as commits
 from ckptvcs.history import environment, refs
 from ckptvcs.history.commit import Commit, CommitReport, Component
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.opened import Opened
-from ckptvcs.store import Claim, Move, Publication, Writer
+from ckptvcs.store import Claim, Fork, Move, Publication, Writer
 
 if TYPE_CHECKING:
     from ckptvcs.background import PendingCommit
@@ -38,6 +38,7 @@ class Committer:
         held: the content of the commit made last, so that its tree need not be read.
         taken: the claim on the branch, held or released; None if there was none.
         pending: the save in flight, or one whose error nobody has asked for.
+        applied: a fork point that was restored, and the overrides applied to it; None if there was none.
         closed: True once nothing may be committed any more.
         mutex: held while a commit of this handle is being made, or where it stands changes.
     """
@@ -45,6 +46,7 @@ class Committer:
     def __init__(self, opened: Opened, branch: str | None) -> None:
         self.mutex = ThreadLock()
         self.closed = False
+        self.applied: tuple[ObjectId, dict[str, Any]] | None = None
         self.origin: ObjectId | None = None
         self.held: tuple[ObjectId, dict[str, Held]] | None = None
         self.taken: Claim | None = None
@@ -77,10 +79,20 @@ class Committer:
             tip = snapshot.ref(self.ref)
         return self.ref, tip if isinstance(tip, ObjectId) else None
 
-    def stand_at(self, commit: ObjectId, tip: ObjectId | None) -> None:
-        """The handle has restored a commit, when the branch was at `tip`."""
+    def fork(self) -> tuple[ObjectId, dict[str, Any]] | None:
+        """Where the handle's branch was forked, and with which overrides; None if it was not."""
+        if self.branch is None:
+            return None
+        with self._opened.store.snapshot() as snapshot:
+            return snapshot.fork(self.branch)
+
+    def stand_at(
+        self, commit: ObjectId, tip: ObjectId | None, overrides: Mapping[str, Any] | None = None
+    ) -> None:
+        """The handle has restored a commit, when the branch was at `tip`; with overrides, a fork point."""
         with self.mutex:
             self.origin = commit
+            self.applied = (commit, dict(overrides)) if overrides else None
             # The tip may have moved on meanwhile: then the next commit meets a conflict, as it should.
             if self.ref is not None and commit in (tip, self.head()[1]):
                 self.tip = commit
@@ -167,6 +179,29 @@ class Committer:
                 break
         raise self._moved()
 
+    def reset(self, target: ObjectId, overrides: dict[str, Any], force: bool) -> ObjectId:
+        """`Repo.reset`."""
+        opened = self._open()
+        if self.ref is None or self.branch is None:
+            raise _detached()
+        self.settle()
+        store = opened.store
+        with self.mutex, store.operation():
+            if self.claimed is None and not force:
+                store.refuse_claimed(self.ref)
+            _, old = self.head()
+            if old is None:
+                raise NotFoundError(
+                    f"the branch {self.branch} has no commits",
+                    hint=f"`ckpt branch {self.branch} REV` makes it",
+                )
+            fork = Fork(self.branch, target, overrides) if overrides else Fork(self.branch, None, {})
+            why = f"reset: {self.branch}"
+            if store.update([Move(self.ref, old, target), fork], who=opened.author, why=why) is None:
+                raise self._moved()
+            self.tip, self.applied = target, None  # its state is still of where it was: restore comes first
+        return old
+
     @property
     def claimed(self) -> Claim | None:
         """The claim on the branch that this handle holds; None without one."""
@@ -212,6 +247,7 @@ class Committer:
             if claim is not None:
                 claim.check()
             fields["time"] = store.disk.now_ns()
+            fields["overrides"] = self._overrides()  # the save that was waited for has moved the origin
             attached = None if files is None else file_trees.attached(store.disk, files)
             return state_trees.prepare(store.grid, state, attached, is_frozen), {
                 "folder": str(self._opened.folder),
@@ -297,12 +333,16 @@ class Committer:
             "epoch": commits.checked_epoch(epoch),
             "metrics": commits.plain_metrics(metrics),
             "config": commits.plain_config(config),
-            "overrides": {},
+            "overrides": self._overrides(),
             "environment": {
                 **(environment.capture() if self._opened.config.get("environment") else {}),
                 **commits.plain_config(circumstances, "environment"),
             },
         }
+
+    def _overrides(self) -> dict[str, Any]:
+        """What the next commit records as overridden: only the first one behind a fork point."""
+        return self.applied[1] if self.applied is not None and self.applied[0] == self.origin else {}
 
     def make(
         self,

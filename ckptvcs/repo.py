@@ -34,7 +34,7 @@ from ckptvcs.history.revision import Revisions
 from ckptvcs.ids import ObjectId
 from ckptvcs.opened import Opened
 from ckptvcs.opening import Environment, default_author, find, make_folders
-from ckptvcs.store import Claim, LogEntry, Move, Operation, Reader, Store
+from ckptvcs.store import Claim, Fork, LogEntry, Move, Operation, Reader, Status, Store
 from ckptvcs.store.format import FOLDER
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Restored(dict[str, Any]):
         unexpected: paths of the commit that `into` has no place for.
         altered: path to what an object with `load_state_dict` made of what was stored there; only after
             `strict=False`, since it is an error otherwise.
+        overrides: what the fork sets anew, if this was its fork point: name to value. Those that the state
+            has no component for are here for the program to read.
 
     Falsy if nothing was restored, so `if repo.restore(state):` asks whether this is a resumed run.
     """
@@ -71,9 +73,11 @@ class Restored(dict[str, Any]):
         missing: Sequence[str] = (),
         unexpected: Sequence[str] = (),
         altered: Mapping[str, str] | None = None,
+        overrides: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(leftover or {})
         self.altered = dict(altered or {})
+        self.overrides = dict(overrides or {})
         self.commit = commit
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
@@ -540,6 +544,7 @@ class Repo:
 
         CorruptionError if a stored chunk is damaged; what was read before is in `into` then.
         """
+        from ckptvcs.state import overrides as overriding
         from ckptvcs.state import restore as restoring
 
         self._committer.wait()  # or its commit would be the origin of what is committed after this
@@ -553,10 +558,20 @@ class Repo:
             raise NotFoundError(
                 f"the commit {commit.id.short} holds files and no state", hint=self._state_before(commit)
             )
+        wanted = self._overrides_at(commit)
+        overriding.check(into, wanted)
         with self._reading(commit) as reader:
             filled = restoring.fill(reader, commit.tree, into, only=only, strict=strict, rename=rename)
-        self._committer.stand_at(commit.id, tip)
-        return Restored(commit, *filled)
+        applied = overriding.apply(into, wanted)
+        for line in applied.said:
+            _log.warning("fork %s: %s", self.branch_name, line)
+        self._committer.stand_at(commit.id, tip, wanted)
+        return Restored(commit, *filled, overrides=wanted)
+
+    def _overrides_at(self, commit: Commit) -> dict[str, Any]:
+        """What restoring a commit sets anew: the overrides of the handle's branch, where it was forked."""
+        fork = self._committer.fork()
+        return fork[1] if fork is not None and fork[0] == commit.id else {}
 
     def _state_before(self, commit: Commit) -> str:
         """Where to find a state when a commit has none."""
@@ -795,6 +810,72 @@ class Repo:
         """Make a branch at a commit, at no cost; returns the commit's id. ExistsError if it is there."""
         return self._new_ref(refs.branch_ref(name), start, f"branch: {name}")
 
+    def fork(
+        self,
+        rev: str | ObjectId | Commit,
+        name: str,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Repo:
+        """Make a branch at a commit and give a handle on it. No bytes are copied; durable on return.
+
+        Args:
+            rev: the fork point.
+            name: of the branch; it must not exist.
+            overrides: values that `restore` sets anew when it restores the fork point on this branch, such
+                as {"optimizer.lr": 3e-4} (docs/concepts: forks). They are recorded with the branch, and in
+                the first commit made there. Restoring that commit or a later one sets nothing, so a job
+                that is killed and started again is exact.
+
+        ExistsError if the branch is there. Whether the overrides fit is known when a state is restored.
+        """
+        from ckptvcs.state import overrides as overriding
+
+        ref = refs.branch_ref(name)
+        target = self._revisions.resolve(rev)
+        wanted = overriding.checked(overrides)
+        if not self.record([Move(ref, None, target), Fork(name, target, wanted)], f"fork: {name}"):
+            raise ExistsError(f"{name} exists already", hint="choose another name")
+        return self.on(name)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The overrides that the handle's branch was forked with; empty if it was not forked."""
+        self._open()
+        fork = self._committer.fork()
+        return {} if fork is None else fork[1]
+
+    @property
+    def fork_point(self) -> ObjectId | None:
+        """The commit that the handle's branch was forked at; None if it was not."""
+        self._open()
+        fork = self._committer.fork()
+        return None if fork is None else fork[0]
+
+    def reset(
+        self,
+        rev: str | ObjectId | Commit,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        force: bool = False,
+    ) -> ObjectId:
+        """Move the handle's branch to another commit, whatever that is; returns where it was.
+
+        No bytes are copied: the exploit step of population-based training is this and `restore`. The old tip
+        stays in the reflog (`BRANCH@{1}`), and is collected after the undo window if nothing else holds it.
+
+        Args:
+            rev: the new tip.
+            overrides: the branch is a fork from there, as `fork` makes it.
+            force: also if another process has claimed the branch.
+
+        The next commit of this handle needs a `restore` first. LockedError (code 'claimed') if another
+        process has claimed the branch; ConflictError if it moved meanwhile.
+        """
+        from ckptvcs.state import overrides as overriding
+
+        target = self._revisions.resolve(rev)
+        return self._committer.reset(target, overriding.checked(overrides), force)
+
     def tag(self, name: str, rev: str | ObjectId | Commit = "HEAD") -> ObjectId:
         """Make a tag at a commit; returns the commit's id. ExistsError if it is there."""
         return self._new_ref(refs.tag_ref(name), rev, f"tag: {name}")
@@ -860,7 +941,10 @@ class Repo:
                     hint=f"`ckpt {what} -d --force {name}` (force=True) deletes it all the same",
                     code="unmerged",
                 )
-            if opened.store.update([Move(ref, target, None)], who=self.author, why=f"delete {what}: {name}"):
+            operations: list[Operation] = [Move(ref, target, None)]
+            if ref.startswith(refs.HEADS):
+                operations += [Fork(name, None, {}), Status(name, None)]
+            if opened.store.update(operations, who=self.author, why=f"delete {what}: {name}"):
                 return target
         raise ConflictError(f"the {what} {name} keeps moving", hint="stop its writer, then try again")
 

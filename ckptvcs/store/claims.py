@@ -103,11 +103,7 @@ def take(
         lock = disk.lock(path, wait=0 if steal else _WAIT)
     except LockedError:
         if not steal:
-            raise LockedError(
-                f"the branch {_shown(ref)} is claimed by {claimant(disk, path)}",
-                hint="stop it or wait for its end, work on another branch, or take over with steal=True",
-                code="claimed",
-            ) from None
+            raise refusal(ref, claimant(disk, path)) from None
     try:
         with index.change() as change:
             if change.ref(ref) != tip:
@@ -128,6 +124,27 @@ def take(
 def standing(disk: Disk, layout: Layout, ref: str, token: str) -> Claim:
     """The claim with this token, which another process took."""
     return Claim(disk, layout.claim(ref), token, _shown(ref), None)
+
+
+def living(disk: Disk, layout: Layout, ref: str) -> str | None:
+    """The living process that has claimed a ref, in words; None if nobody has."""
+    path = layout.claim(ref)
+    if not disk.exists(path):
+        return None
+    try:
+        with disk.lock(path):
+            return None
+    except LockedError:
+        return claimant(disk, path)
+
+
+def refusal(ref: str, who: str) -> LockedError:
+    """The error for those who want what another has claimed."""
+    return LockedError(
+        f"the branch {_shown(ref)} is claimed by {who}",
+        hint="stop it or wait for its end, work on another branch, or take over with steal=True",
+        code="claimed",
+    )
 
 
 def _shown(ref: str) -> str:

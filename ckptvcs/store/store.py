@@ -31,7 +31,7 @@ from ckptvcs.store import claims
 from ckptvcs.store.claims import Claim
 from ckptvcs.store.format import GRIDS, Format, Grid, Layout
 from ckptvcs.store.index import Change, Index, Snapshot
-from ckptvcs.store.journal import Drop, Expire, Journal, LogEntry, Move, Note, Operation, Pin
+from ckptvcs.store.journal import Drop, Expire, Fork, Journal, LogEntry, Move, Note, Operation, Pin
 from ckptvcs.store.leases import Lease
 from ckptvcs.store.reader import Reader
 from ckptvcs.store.rebuild import Rebuilt, clear_leftovers, rebuild
@@ -303,6 +303,16 @@ class Store:
         """
         return claims.take(self.disk, self.layout, self.index, ref, tip, holder, steal=steal)
 
+    def claimant(self, ref: str) -> str | None:
+        """The living process that has claimed a ref, in words; None if nobody has."""
+        return claims.living(self.disk, self.layout, ref)
+
+    def refuse_claimed(self, ref: str) -> None:
+        """LockedError (code "claimed") if a living process has claimed a ref."""
+        who = self.claimant(ref)
+        if who is not None:
+            raise claims.refusal(ref, who)
+
     def standing_claim(self, ref: str, token: str) -> Claim:
         """A claim that another process took, to be checked and no more."""
         return claims.standing(self.disk, self.layout, ref, token)
@@ -364,7 +374,7 @@ class Store:
                         return None
                     if isinstance(op.new, ObjectId):
                         require_commit(change, op.new)
-                elif isinstance(op, (Note, Pin, Drop)):
+                elif isinstance(op, (Note, Pin, Drop, Fork)) and op.commit is not None:
                     require_commit(change, op.commit)
             entry = change.record(self.disk.now_ns(), who, why, operations, info)
         self.catch_up_journal()
