@@ -8,16 +8,17 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptvcs.disk import StrPath, ThreadLock
-from ckptvcs.errors import CkptError, ConflictError, InvalidError, LineageError, NotFoundError
+from ckptvcs.errors import CkptError, ConflictError, ExistsError, InvalidError, LineageError, NotFoundError
 from ckptvcs.history import commit as commits
 from ckptvcs.history import environment, refs
 from ckptvcs.history.commit import Commit, CommitReport, Component
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.opened import Opened
-from ckptvcs.store import Claim, Fork, Move, Publication, Writer
+from ckptvcs.runs import checked_status
+from ckptvcs.store import Claim, Fork, Move, Publication, Status, Writer
 
 if TYPE_CHECKING:
     from ckptvcs.background import PendingCommit
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("ckptvcs")
 _RETRIES: Final = 10
+
+
+class Beside(NamedTuple):
+    """What is entered together with a commit.
+
+    Attributes:
+        tags: full names of tags to be made.
+        status: what becomes of the run on this branch; None leaves it as it is.
+    """
+
+    tags: tuple[str, ...] = ()
+    status: str | None = None
 
 
 class Committer:
@@ -125,16 +138,19 @@ class Committer:
         config: Any,
         circumstances: Mapping[str, Any] | None = None,
         continues: bool = False,
+        tags: Sequence[str] = (),
+        status: str | None = None,
     ) -> Commit:
         """Store what `write` writes and publish its commit; otherwise `Repo.commit`, `Repo.commit_files`."""
         opened = self._open()
         started = opened.store.disk.seconds()
         self.settle()
         fields = self._fields(message, step, epoch, metrics, config, circumstances)
+        beside = self.beside(tags, status)
         with self.mutex, opened.store.operation():
             if continues and self.origin is None:
                 self.origin = self.tip
-            return self.make(write, fields, started)
+            return self.make(write, fields, started, beside)
 
     def check(self, state: Any, metrics: Mapping[str, Any] | None, config: Any) -> None:
         """`Repo.check_commit`."""
@@ -179,6 +195,22 @@ class Committer:
                 break
         raise self._moved()
 
+    def set_status(self, status: str | None, info: Mapping[str, Any] | None) -> None:
+        """`Repo.set_status`."""
+        opened = self._open()
+        checked_status(status)
+        if self.branch is None:
+            raise _detached()
+        if status == "running" and self.claimed is None:
+            self.claim(steal=False)
+        with opened.store.operation():
+            opened.store.update(
+                [Status(self.branch, status)],
+                who=opened.author,
+                why=f"run: {status or 'forgotten'}",
+                info=dict(info or {}),
+            )
+
     def reset(self, target: ObjectId, overrides: dict[str, Any], force: bool) -> ObjectId:
         """`Repo.reset`."""
         opened = self._open()
@@ -222,6 +254,8 @@ class Committer:
         when_busy: str,
         frozen: str | Sequence[str],
         quiet: bool,
+        tags: Sequence[str],
+        status: str | None,
     ) -> PendingCommit:
         """`Repo.commit_async`."""
         opened = self._open()
@@ -243,6 +277,7 @@ class Committer:
             self._open()  # another thread may have closed it while this one waited for its turn
             self.settle()
             ref, _ = self._lineage()
+            beside = self.beside(tags, status)
             claim = self.taken
             if claim is not None:
                 claim.check()
@@ -258,6 +293,8 @@ class Committer:
                 "claim": None if claim is None or claim.released else claim.token,
                 "compression": self._opened.level,
                 "fields": fields,
+                "tags": list(beside.tags),
+                "status": beside.status,
             }
 
         with store.operation():
@@ -340,6 +377,20 @@ class Committer:
             },
         }
 
+    def beside(self, tags: Sequence[str], status: str | None) -> Beside:
+        """What moves together with the branch, checked. A run that says it is running claims its branch: that
+        is how others know whether it lives."""
+        names = [tags] if isinstance(tags, str) else list(tags)
+        full = tuple(dict.fromkeys(refs.tag_ref(name) for name in names))
+        with self._opened.store.snapshot() as snapshot:
+            for ref in full:
+                if snapshot.ref(ref) is not None:
+                    raise ExistsError(f"{refs.shown(ref)} exists already", hint="choose another tag")
+        checked_status(status)
+        if status == "running" and self.claimed is None and self.ref is not None:
+            self.claim(steal=False)
+        return Beside(full, status)
+
     def _overrides(self) -> dict[str, Any]:
         """What the next commit records as overridden: only the first one behind a fork point."""
         return self.applied[1] if self.applied is not None and self.applied[0] == self.origin else {}
@@ -349,6 +400,7 @@ class Committer:
         write: Callable[[Writer, Bases], state_trees.Written],
         fields: dict[str, Any],
         started: float,
+        beside: Beside,
     ) -> Commit:
         """Store a tree and publish its commit, within `Store.operation`. Without a time it is made now."""
         opened = self._open()
@@ -365,7 +417,7 @@ class Committer:
             stored = sum(tally.stored for tally in writer.tallies.values())
             publication = Publication(
                 root=id,
-                moves=(Move(ref, self.tip, id),),
+                moves=(Move(ref, self.tip, id), *(Move(tag, None, id) for tag in beside.tags)),
                 rescue=Move(lost, None, id),
                 require=tuple(dict.fromkeys((*parents, *filter(None, [self.origin])))),
                 time=fields["time"],
@@ -373,6 +425,9 @@ class Committer:
                 why=f"commit: {_shortened(fields['message'])}".rstrip(": "),
                 info={"given": sum(sizes.values()), "stored": stored},
                 claim=self.taken,
+                annotations=()
+                if beside.status is None
+                else (Status(ref.removeprefix(refs.HEADS), beside.status),),
             )
             won = False
             try:
@@ -386,7 +441,7 @@ class Committer:
             tallies = writer.tallies
         opened.store.catch_up_journal()
         if not won:
-            raise self._lost_race(ref, lost)
+            raise self._lost_race(ref, lost, beside)
         components = {
             name: Component(
                 given=size,
@@ -459,8 +514,15 @@ class Committer:
             hint="restore its tip and go on from there, or work on a branch of its own",
         )
 
-    def _lost_race(self, ref: str, lost: str) -> ConflictError:
+    def _lost_race(self, ref: str, lost: str, beside: Beside) -> ConflictError:
         branch, kept = refs.shown(ref), refs.shown(lost)
+        if self.head()[1] == self.tip and beside.tags:
+            return ConflictError(
+                f"somebody else made the tag {refs.shown(beside.tags[0])} meanwhile; "
+                f"the commit is kept as {kept}",
+                hint="commit again without the tag",
+                rescued=kept,
+            )
         return ConflictError(
             f"somebody else moved the branch {branch} since this handle saw it; the commit is kept as {kept}",
             hint=f"`ckpt branch NAME {kept}` makes it a branch of its own",

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ckptvcs import importing
     from ckptvcs.background import PendingCommit
     from ckptvcs.maintenance import fsck, gc
+    from ckptvcs.runs import Run
     from ckptvcs.state import export as exporting
     from ckptvcs.state import files as file_trees
     from ckptvcs.state import tree as state_trees
@@ -311,6 +312,8 @@ class Repo:
         config: Any = None,
         files: Mapping[str, StrPath] | None = None,
         environment: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        status: str | None = None,
     ) -> Commit:
         """Save a state on the handle's branch. Durable when it returns.
 
@@ -323,8 +326,12 @@ class Repo:
             config: hyperparameters: a mapping or an argparse.Namespace.
             files: files to keep beside the state, by the path they get in the commit.
             environment: circumstances to record besides those that are captured, nested plain values.
+            tags: names of tags to be made at the commit.
+            status: of the run on this branch from now on: 'running', 'finished' or 'failed'. 'running' claims
+                the branch.
 
-        The first parent is the branch's tip as this handle last committed, restored or saw it at open.
+        Branch, tags and status move together, or none does. The first parent is the branch's tip as this
+        handle last committed, restored or saw it at open.
 
         Raises:
             UnsupportedStateError: leaves that cannot be stored, all of them; nothing was written.
@@ -347,6 +354,8 @@ class Repo:
             metrics=metrics,
             config=config,
             circumstances=environment,
+            tags=tags,
+            status=status,
         )
 
     def check_commit(
@@ -398,6 +407,8 @@ class Repo:
         when_busy: str = "wait",
         frozen: str | Sequence[str] = (),
         quiet: bool = False,
+        tags: Sequence[str] = (),
+        status: str | None = None,
     ) -> PendingCommit:
         """Save a state in the background. When the call returns, everything is copied, files included,
         and the state may change; the commit is durable once `PendingCommit.result` returns it.
@@ -434,6 +445,8 @@ class Repo:
             when_busy=when_busy,
             frozen=frozen,
             quiet=quiet,
+            tags=tags,
+            status=status,
         )
 
     def commit_files(
@@ -446,6 +459,8 @@ class Repo:
         metrics: Mapping[str, Any] | None = None,
         config: Any = None,
         continues: bool = False,
+        tags: Sequence[str] = (),
+        status: str | None = None,
     ) -> Commit:
         """Save files and folders, byte-exact, as a tree of exactly the paths given (tree path to file
         or folder). Otherwise like `commit`.
@@ -465,6 +480,8 @@ class Repo:
             metrics=metrics,
             config=config,
             continues=continues,
+            tags=tags,
+            status=status,
         )
 
     def resolve(self, rev: str | ObjectId | Commit = "HEAD") -> Commit:
@@ -850,6 +867,21 @@ class Repo:
         self._open()
         fork = self._committer.fork()
         return None if fork is None else fork[0]
+
+    def runs(self) -> list[Run]:
+        """The runs on branches that have a status, were forked, or are claimed by a living process."""
+        from ckptvcs import runs
+
+        opened = self._open()
+        return runs.runs(opened.store, opened.history)
+
+    def set_status(self, status: str | None, info: Mapping[str, Any] | None = None) -> None:
+        """Say what becomes of the run on this handle's branch: 'running', 'finished', 'failed', or None to
+        forget it. 'running' claims the branch. Durable on return.
+
+        `info`: plain values to keep in the reflog beside it, such as {"exit": 1}.
+        """
+        self._committer.set_status(status, info)
 
     def reset(
         self,

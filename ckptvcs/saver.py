@@ -12,6 +12,7 @@ from typing import Any
 
 from ckptvcs import canonical
 from ckptvcs.background import answer_of
+from ckptvcs.committing import Beside
 from ckptvcs.companion import Channel, SharedMemory
 from ckptvcs.errors import described
 from ckptvcs.history.commit import Commit
@@ -30,10 +31,11 @@ class _Writer(Repo):
         prepared = transfer.prepared(task["tree"], memory, store.grid)
         claim = None if task["claim"] is None else store.standing_claim(task["ref"], task["claim"])
         committer.stand_for(task["ref"], _id(task["tip"]), _id(task["origin"]), claim)
+        beside = Beside(tuple(task["tags"]), task["status"])
         self._opened.compression = task["compression"]
         with committer.mutex, store.operation():
             return committer.make(
-                lambda writer, bases: tree.store(writer, prepared, bases), task["fields"], started
+                lambda writer, bases: tree.store(writer, prepared, bases), task["fields"], started, beside
             )
 
 

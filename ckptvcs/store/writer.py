@@ -31,7 +31,7 @@ from ckptvcs.store.format import (
 )
 from ckptvcs.store.hints import Hint
 from ckptvcs.store.index import Change, Index, PackInfo, Row, Snapshot
-from ckptvcs.store.journal import Move
+from ckptvcs.store.journal import Move, Operation
 from ckptvcs.store.leases import Lease
 from ckptvcs.store.memory import Reused
 from ckptvcs.store.packs import Frame, PackWriter, make_frame
@@ -115,6 +115,7 @@ class Publication:
         rescue: the move that roots the commit elsewhere if any of `moves` lost its race.
         require: commits that must be present besides (parents, origin).
         claim: what must still be held when the refs move.
+        annotations: what else is entered with the moves, if they win.
     """
 
     root: ObjectId
@@ -126,6 +127,7 @@ class Publication:
     why: str
     info: dict[str, Any] = field(default_factory=dict)
     claim: Claim | None = None
+    annotations: tuple[Operation, ...] = ()
 
 
 class Writer:
@@ -393,8 +395,8 @@ class Writer:
             change.put_pack(sealed.name, sealed.info)
         for id in sorted(self._made):
             self._put_row(change, id, 0)
-        moves = wanted.moves if won else (wanted.rescue,)
-        change.record(wanted.time, wanted.who, wanted.why, moves, wanted.info)
+        operations = (*wanted.moves, *wanted.annotations) if won else (wanted.rescue,)
+        change.record(wanted.time, wanted.who, wanted.why, operations, wanted.info)
         self._published = True
         return won
 

@@ -21,7 +21,7 @@ LAYERS = (
     {"history"},  # may import state; state never imports it
     {"maintenance"},
     {"rng"},  # a leaf of states, public by itself
-    {"opening", "importing"},
+    {"opening", "importing", "runs"},
     {"background"},
     {"opened", "committing"},  # what handles share, their places on branches among it
     {"repo"},

@@ -63,7 +63,8 @@ def train(state: dict[str, Any], steps: int) -> list[float]:
 )  # fmt: skip
 def test_values_of_the_command_line(text: str, value: Any) -> None:
     found = overrides.value_of(text)
-    assert found == value and type(found) is type(value)
+    assert found == value
+    assert type(found) is type(value)
 
 
 SCHEDULES: dict[str, Callable[[Any], Any]] = {
@@ -282,7 +283,7 @@ def test_reset_moves_the_branch_and_the_reflog_keeps_its_tip(repo: Repo) -> None
     assert repo.reset("best", {"a": 10}) == second.id
     assert repo.resolve("main").id == good.id
     assert repo.resolve("main@{1}").id == second.id
-    with pytest.raises(LineageError, match="restored|restore"):
+    with pytest.raises(LineageError, match="this handle restored"):
         repo.commit({"a": 3})
     state = {"a": 0}
     assert repo.restore(state).overrides == {"a": 10}
