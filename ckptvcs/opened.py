@@ -26,7 +26,7 @@ class Opened:
         config: its settings as they were at open, or after the last `configure`.
         job: the cluster's name for this process's job; None outside one.
         compression: the level that the handle was opened with; None takes the config's.
-        committers: those of all handles; closed with the first one.
+        committers: those of handles made from others, which close with the first one.
         background: what stores in the background; None until something does.
     """
 

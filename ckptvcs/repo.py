@@ -104,8 +104,15 @@ class Repo:
         self._opened = opened
         self._owner = owner
         self._committer = Committer(opened, branch)
-        self._revisions = Revisions(opened.store, opened.history, self._committer.head, self._metric_mode)
-        opened.committers.append(self._committer)
+        # Nothing in here refers back to the handle: one that is forgotten goes at once, its writer with it.
+        self._revisions = Revisions(
+            opened.store,
+            opened.history,
+            self._committer.head,
+            lambda metric: opened.config.metric_mode(metric),
+        )
+        if not owner:  # an owner in its own list would be freed by the garbage collector only
+            opened.committers.append(self._committer)
 
     # -- opening and closing ---------------------------------------------------------------------
 
@@ -207,7 +214,7 @@ class Repo:
             return
         opened = self._opened
         with opened.store.operation():  # else it would wait for what cannot go on before it returns
-            ending = list(opened.committers) if self._owner else [self._committer]
+            ending = [self._committer, *(opened.committers if self._owner else ())]
         try:
             with contextlib.ExitStack() as stack:  # of several errors each is raised, in a chain
                 for committer in ending:
@@ -289,9 +296,6 @@ class Repo:
         text = opened.config.with_value(key, value)
         opened.store.disk.replace(opened.store.layout.config, text.encode())
         opened.config = opened.read_config()
-
-    def _metric_mode(self, metric: str) -> str | None:
-        return self.config.metric_mode(metric)
 
     def metric_mode(self, metric: str) -> str:
         """Whether small or large values of a metric are better: 'min' or 'max', by the setting
