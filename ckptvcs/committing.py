@@ -17,7 +17,7 @@ from ckptvcs.history import environment, refs
 from ckptvcs.history.commit import Commit, CommitReport, Component
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.opened import Opened
-from ckptvcs.runs import checked_status
+from ckptvcs.runs import checked_status, marker
 from ckptvcs.store import Claim, Fork, Move, Publication, Status, Writer
 
 if TYPE_CHECKING:
@@ -174,16 +174,10 @@ class Committer:
         opened = self._open()
         if self.ref is None:
             raise _detached()
-        holder = {
-            "process": opened.store.disk.process(),
-            "host": opened.store.disk.host(),
-            "job": opened.job,
-            "author": opened.author,
-        }
         self.wait()  # the save in flight was begun without this claim, and moves the tip
         for _ in range(_RETRIES):
             tip = self.tip if self.origin is not None else self.head()[1]
-            claim = opened.store.claim(self.ref, tip, holder, steal=steal)
+            claim = opened.store.claim(self.ref, tip, self._holder(), steal=steal)
             if claim is not None:
                 with self.mutex:
                     self.tip = tip
@@ -195,21 +189,29 @@ class Committer:
                 break
         raise self._moved()
 
-    def set_status(self, status: str | None, info: Mapping[str, Any] | None) -> None:
-        """`Repo.set_status`."""
+    def mark_running(self) -> Claim:
+        """`Repo.mark_running`."""
         opened = self._open()
-        checked_status(status)
         if self.branch is None:
             raise _detached()
-        if status == "running" and self.claimed is None:
+        claim = opened.store.claim(marker(self.branch), None, self._holder())
+        assert claim is not None  # nothing can be called so, so there is no tip to differ
+        return claim
+
+    def set_status(self, status: str | None, info: Mapping[str, Any] | None) -> None:
+        """`Repo.set_status`."""
+        if checked_status(status) == "running" and self.claimed is None:
             self.claim(steal=False)
+        self.enter_status(status, info or {})
+
+    def enter_status(self, status: str | None, info: Mapping[str, Any]) -> None:
+        """`Repo.enter_status`."""
+        opened = self._open()
+        if self.branch is None:
+            raise _detached()
+        why = f"run: {self.branch} {status or 'forgotten'}"
         with opened.store.operation():
-            opened.store.update(
-                [Status(self.branch, status)],
-                who=opened.author,
-                why=f"run: {status or 'forgotten'}",
-                info=dict(info or {}),
-            )
+            opened.store.update([Status(self.branch, status)], who=opened.author, why=why, info=dict(info))
 
     def reset(self, target: ObjectId, overrides: dict[str, Any], force: bool) -> ObjectId:
         """`Repo.reset`."""
@@ -233,6 +235,16 @@ class Committer:
                 raise self._moved()
             self.tip, self.applied = target, None  # its state is still of where it was: restore comes first
         return old
+
+    def _holder(self) -> dict[str, Any]:
+        """What a claim says of who holds it."""
+        disk = self._opened.store.disk
+        return {
+            "process": disk.process(),
+            "host": disk.host(),
+            "job": self._opened.job,
+            "author": self._opened.author,
+        }
 
     @property
     def claimed(self) -> Claim | None:

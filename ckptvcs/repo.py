@@ -879,6 +879,23 @@ class Repo:
         opened = self._open()
         return runs.runs(opened.store, opened.history)
 
+    @property
+    def holder(self) -> str | None:
+        """The living process that has claimed the handle's branch, or runs a program there, in words."""
+        from ckptvcs import runs
+
+        branch = self.branch_name
+        return None if branch is None else runs.holder_of(self._store, branch)
+
+    def mark_running(self) -> Claim:
+        """Say that this process runs a program on the handle's branch, until the claim is released; the
+        branch itself is for the program to claim. LockedError (code 'claimed') if another process does."""
+        return self._committer.mark_running()
+
+    def enter_status(self, status: str, info: Mapping[str, Any]) -> None:
+        """`set_status` for a program that was run on the branch: claims nothing."""
+        self._committer.enter_status(status, info)
+
     def set_status(self, status: str | None, info: Mapping[str, Any] | None = None) -> None:
         """Say what becomes of the run on this handle's branch: 'running', 'finished', 'failed', or None to
         forget it. 'running' claims the branch. Durable on return.

@@ -28,6 +28,10 @@ VERBS = {
     "branch": "refs",
     "switch": "refs",
     "tag": "refs",
+    "fork": "experiments",
+    "sweep": "experiments",
+    "runs": "experiments",
+    "reset": "experiments",
     "status": "content",
     "reflog": "history",
     "gc": "upkeep",
@@ -122,6 +126,7 @@ def _color(wish: str) -> bool | None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run `ckpt` and leave with its exit code. Never shows a traceback unless CKPT_DEBUG is set."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    ours = words[: words.index("--")] if "--" in words else words  # behind it: another program's
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -131,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         click.echo("interrupted", err=True)
         code = Exit.INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last resort: a line for people, not a traceback
-        code = _report(error, words)
+        code = _report(error, ours)
     sys.exit(code)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ckptvcs.ids import ObjectId
     from ckptvcs.importing import ImportReport
     from ckptvcs.repo import Repo
+    from ckptvcs.runs import Run
     from ckptvcs.state.checkpoint import Checkpoint, Dense
     from ckptvcs.state.compare import Change
     from ckptvcs.state.export import ExportReport
@@ -102,6 +103,21 @@ def file_shape(entry: FileEntry) -> dict[str, Any]:
 def checkpoint_shape(found: Checkpoint) -> dict[str, Any]:
     """One side of a comparison. Commits will be another kind."""
     return {"kind": "file", "path": str(found.path), "format": found.format, "bytes": found.nbytes}
+
+
+def run_shape(run: Run) -> dict[str, Any]:
+    """A run."""
+    return {
+        "branch": run.branch,
+        "status": run.status,
+        "exit": run.exit,
+        "holder": run.holder,
+        "commit": None if run.tip is None else str(run.tip.id),
+        "step": None if run.tip is None else run.tip.step,
+        "since": None if run.since is None else output.iso(run.since),
+        "fork_point": None if run.fork_point is None else str(run.fork_point),
+        "overrides": run.overrides,
+    }
 
 
 def export_shape(report: ExportReport) -> dict[str, Any]:

@@ -25,7 +25,7 @@ LAYERS = (
     {"background"},
     {"opened", "committing"},  # what handles share, their places on branches among it
     {"repo"},
-    {"training"},
+    {"training", "running", "sweeping"},  # sweeping is pure; it names what running runs
     {"saver"},  # runs in a process of its own, which `background` starts by this name
     {"cli"},
 )
@@ -53,14 +53,14 @@ OWNERS = {
     "click": ["cli/"],
     "rich": ["cli/"],
     "numpy": ["state/", "store/planes.py", "store/difference.py", "store/choice.py"],
-    "os": ["disk.py", "companion.py"],  # files; processes and the memory they share
+    "os": ["disk.py", "companion.py", "running.py"],  # files; processes and what they share
     "fcntl": ["disk.py"],
     "mmap": ["disk.py", "companion.py"],
     "shutil": ["disk.py", "cli/output.py"],  # there for the width of the terminal
     "tempfile": ["disk.py", "companion.py"],
-    "subprocess": ["companion.py", "history/environment.py"],  # there to ask git
+    "subprocess": ["companion.py", "running.py", "history/environment.py"],  # there to ask git
     "socket": ["companion.py"],
-    "signal": ["companion.py", "training/preemption.py"],
+    "signal": ["companion.py", "running.py", "training/preemption.py"],
     "hypothesis": ["testing/strategies.py"],
 }
 """Each library and each door to the operating system has one owner; `testing` doubles those doors."""
