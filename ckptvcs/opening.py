@@ -53,6 +53,12 @@ def _job(of: tuple[str, str]) -> tuple[str, str | None]:
     return name, environment_variable(variable)
 
 
+def visible_gpus() -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES gives this process; None if it says nothing."""
+    said = environment_variable("CUDA_VISIBLE_DEVICES")
+    return None if said is None else [each for each in said.split(",") if each]
+
+
 def default_author() -> str:
     """login@host."""
     return f"{login()}@{platform.node() or 'localhost'}"

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from ckptvcs.disk import environment_variable
 from ckptvcs.errors import InvalidError, LockedError
+from ckptvcs.opening import visible_gpus
 from ckptvcs.repo import Repo
 
 _HANDED_ON: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -201,9 +201,9 @@ def _handing_on(running: Callable[[], Sequence[Job]], stopped: list[int] | None 
 
 def gpus() -> list[str]:
     """The GPUs of this process: CUDA_VISIBLE_DEVICES, else those whose device files are here."""
-    said = environment_variable("CUDA_VISIBLE_DEVICES")
+    said = visible_gpus()
     if said is not None:
-        return [each for each in said.split(",") if each]
+        return said
     return [str(n) for n, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 

@@ -199,7 +199,7 @@ def test_status(files: Path) -> None:
     assert f"lost/main/{tip.id.short}" in done.out
     found = ckpt(files, "status", "--json").json
     assert set(found) == {
-        "repository", "branch", "commit", "unborn", "detached", "step", "files", "lost",
+        "repository", "branch", "commit", "unborn", "detached", "step", "files", "runs", "lost",
     }  # fmt: skip
     assert found["files"] == {"modified": ["a.bin"], "missing": ["sub/b.txt"], "unchanged": 1}
     assert found["lost"] == {f"lost/main/{tip.id.short}": str(tip.id)}

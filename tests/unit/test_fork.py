@@ -309,3 +309,65 @@ def test_reset_respects_claims_and_races(repo: Repo) -> None:
     other.close()
     with pytest.raises(NotFoundError, match="has no commits"):
         repo.on("unborn").reset(first)
+
+
+# -- runs -----------------------------------------------------------------------------------------
+
+
+def test_branch_tags_and_status_move_together(repo: Repo) -> None:
+    made = repo.commit({"a": 1}, tags=["v1", "best"], status="finished")
+    assert repo.tags() == {"best": made.id, "v1": made.id}
+    (run,) = repo.runs()
+    assert (run.branch, run.status, run.tip, run.holder) == ("main", "finished", made, None)
+    (entry,) = repo.reflog(1)
+    assert len(entry.operations) == 4
+    with pytest.raises(ExistsError, match="v1 exists already"):
+        repo.commit({"a": 2}, tags=["v2", "v1"])
+    with pytest.raises(InvalidError, match="cannot be 'done'"):
+        repo.commit({"a": 2}, status="done")
+    assert repo.resolve("main").id == made.id, "nothing was written"
+    later = repo.commit_async({"a": 3}, tags=["v3"], status="failed").result()
+    assert (repo.tags()["v3"], repo.runs()[0].status) == (later.id, "failed")
+
+
+def test_a_lost_race_makes_no_tag_and_keeps_the_status(repo: Repo) -> None:
+    repo.commit({"a": 1}, status="finished")
+    other = repo.on("main")
+    other.restore({"a": 0})
+    repo.commit({"a": 2})
+    with pytest.raises(ConflictError, match="moved the branch"):
+        other.commit({"a": 3}, tags=["mine"], status="failed")
+    assert (repo.tags(), repo.runs()[0].status) == ({}, "finished")
+
+
+def test_a_tag_made_by_another_meanwhile_is_named(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = repo.commit({"a": 1})
+    committer = repo._committer
+    looked = committer.beside
+
+    def look_then_lose(*arguments: Any) -> Any:
+        found = looked(*arguments)
+        repo.on("side").tag("v1", first)
+        return found
+
+    monkeypatch.setattr(committer, "beside", look_then_lose)
+    with pytest.raises(ConflictError, match="made the tag v1 meanwhile") as caught:
+        repo.commit({"a": 2}, tags=["v1"])
+    assert repo.resolve(caught.value.rescued).parents == (first.id,)
+    assert repo.resolve("main").id == first.id
+
+
+def test_a_running_run_is_stale_once_its_process_is_gone(repo: Repo) -> None:
+    repo.commit({"a": 1}, status="running")
+    assert repo.claimed is not None, "who runs claims its branch"
+    (run,) = repo.runs()
+    assert run.status == "running"
+    assert run.holder is not None
+    assert "this process" in run.holder
+    repo.claimed.release()
+    assert repo.runs()[0].status == "stale"
+    repo.set_status("failed", {"exit": 3})
+    (run,) = repo.runs()
+    assert (run.status, run.exit) == ("failed", 3)
+    repo.set_status(None)
+    assert repo.runs() == []

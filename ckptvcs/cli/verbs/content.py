@@ -296,8 +296,8 @@ def _tree_path(repo: Repo, path: str, to: str | None) -> str:
 def status(as_json: bool) -> None:
     """Tell where HEAD is, and what changed.
 
-    Lists committed files that were changed or are missing, and commits that lost a race (see
-    docs/concepts.md).
+    Lists committed files that were changed or are missing, runs that are running or stale (see runs), and
+    commits that lost a race (see docs/concepts.md).
     """
     with session.opened() as repo:
         branch, head = repo.head()
@@ -307,6 +307,7 @@ def status(as_json: bool) -> None:
             with output.working("comparing files"):
                 files = repo.file_status(commit)
         lost = repo.lost()
+        runs = [run for run in repo.runs() if run.holder or run.status == "stale"]
         place = repo.path
     if as_json:
         output.data(
@@ -322,6 +323,7 @@ def status(as_json: bool) -> None:
                     "missing": files.missing if files else [],
                     "unchanged": len(files.unchanged) if files else 0,
                 },
+                "runs": [shapes.run_shape(run) for run in runs],
                 "lost": {name: str(id) for name, id in lost.items()},
             }
         )
@@ -341,6 +343,10 @@ def status(as_json: bool) -> None:
             output.line(f"  {output.paint('missing ', fg='red')}  {output.clean(name)}")
         if not files.modified and not files.missing:
             output.line(f"{output.counted(len(files.unchanged), 'committed file')} unchanged")
+    for run in runs:
+        output.line(
+            f"{run.branch} is {f'claimed by {run.holder}' if run.holder else 'stale: its run was killed'}"
+        )
     if lost:
         output.line(f"{output.counted(len(lost), 'commit')} lost a race:")
         for name, id in lost.items():

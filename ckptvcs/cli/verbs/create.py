@@ -72,6 +72,14 @@ def init(path: str | None, compression: str | None, as_json: bool) -> None:
 @click.option(
     "--as", "name", metavar="NAME", help="The path in the commit, for one PATH anywhere on this machine."
 )
+@click.option(
+    "--tag", "tags", multiple=True, metavar="NAME", help="Make a tag at the commit. May be repeated."
+)
+@click.option(
+    "--status",
+    type=click.Choice(["finished", "failed"]),
+    help="What became of the run on the branch (`ckpt runs`).",
+)
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, shell_complete=complete_path)
 @json_option
 def commit(
@@ -82,6 +90,8 @@ def commit(
     settings: tuple[tuple[str, str], ...],
     branch: str | None,
     name: str | None,
+    tags: tuple[str, ...],
+    status: str | None,
     paths: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -111,6 +121,8 @@ def commit(
                 metrics=_metrics(metrics),
                 config=_config(settings),
                 continues=True,
+                tags=tags,
+                status=status,
             )
         report = made.report
         assert report is not None  # it was just made
