@@ -262,7 +262,13 @@ class Loader:
             wanted = [id]
             if ahead:  # everything is wanted: ask once for all trees that this object names
                 wanted = [each for kind, each in parent.references if kind is Kind.TREE]
-            parent.fetched = dict(zip(wanted, self._reader.objects(Kind.TREE, wanted), strict=True))
+            try:
+                payloads = self._reader.objects(Kind.TREE, wanted)
+            except CorruptionError:
+                # The object names others that nobody asked for, and which retention may have dropped.
+                wanted = [id]
+                payloads = self._reader.objects(Kind.TREE, wanted)
+            parent.fetched |= zip(wanted, payloads, strict=True)
         return self._open(id, parent.fetched[id])
 
     def _pages(
