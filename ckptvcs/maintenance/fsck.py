@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from ckptvcs.errors import CkptError, CorruptionError, NotFoundError
 from ckptvcs.ids import Kind, ObjectId
+from ckptvcs.maintenance import reach
 from ckptvcs.store import Move, Reader, Row, Store, Target
 from ckptvcs.store.format import TRAILER_BYTES, Entry, PackName, unpack_object
 from ckptvcs.store.packs import PackFile
@@ -297,8 +298,8 @@ class _Checker:
     def _closure(
         self, roots: Iterable[ObjectId], kinds: Set[Kind] = frozenset(Kind)
     ) -> Iterator[tuple[ObjectId, Kind | None]]:
-        """All that commits reach through records of these kinds, the roots always; kind None for what is
-        missing or whose row is damaged. Below the unreadable nothing is known."""
+        """All that commits must reach through records of these kinds, the roots always; kind None for what
+        is missing or whose row is damaged. Below the unreadable nothing is known."""
         seen: set[ObjectId] = set()
         waiting = list(roots)
         with self._store.reader() as reader:
@@ -307,10 +308,11 @@ class _Checker:
                 if id in seen:
                     continue
                 seen.add(id)
-                row = None
+                row = dropped = None
                 try:
                     with self._store.snapshot() as snapshot:
                         row = snapshot.row(id)
+                        dropped = snapshot.drops(id)
                 except CorruptionError as error:
                     self._bad[id] = error
                 if row is None:
@@ -319,8 +321,15 @@ class _Checker:
                 yield id, row.kind
                 if row.base is not None and Kind.CHUNK in kinds:
                     waiting.append(row.base)
-                if row.kind is not Kind.CHUNK and id not in self._bad:
-                    with contextlib.suppress(CkptError):
-                        payload = reader.objects(row.kind, [id])[0]
-                        references, _ = unpack_object(payload, child_name(row.kind, id))
-                        waiting += [child for kind, child in references if kind in kinds]
+                if row.kind is Kind.CHUNK or id in self._bad:
+                    continue
+                try:
+                    payload = reader.objects(row.kind, [id])[0]
+                    found = reach.below(reader, row.kind, id, payload, dropped)
+                except CkptError as error:
+                    # What a commit is left with is told by its tree: that one may be missing.
+                    if dropped and Kind.TREE in kinds and isinstance(error, CorruptionError) and error.id:
+                        yield ObjectId.parse(error.id), None
+                    continue
+                waiting += [child for kind, child in found.whole if kind in kinds]
+                yield from ((tree, Kind.TREE) for tree in found.alone if Kind.TREE in kinds)

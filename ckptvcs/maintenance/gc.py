@@ -3,13 +3,15 @@
 1. Under `gc.lock`, note the log position and collect roots: refs, `lost/`, pins, and what log entries
    younger than the undo window moved.
 2. Mark in short read transactions. Something missing below a root: stop, delete nothing.
-3. Delete unmarked rows, referrers first: commits, then trees, chunk lists, chunks by falling depth. Each
+3. Remove what dead writers left: unpublished packs and temporary files whose lease nobody holds.
+4. Delete unmarked rows, referrers first: commits, then trees, chunk lists, chunks by falling depth. Each
    transaction first compares the log position; if it moved, the new roots are marked and the transaction
-   tried again, the third time with the marking inside. Then it bumps `gc_seq`, so that every writer
-   looks its reused records up again before it publishes.
-4. Unlink packs that no row points into, after their rows are gone. Compact packs that some rows point
-   into: live records are copied verbatim, then one transaction moves their rows.
-5. Remove what dead writers left: unpublished packs and temporary files whose lease nobody holds.
+   tried again, unless few moved it: then they are marked inside. Then it bumps `gc_seq`, so that every
+   writer looks its reused records up again before it publishes.
+5. Unlink packs that no row points into, after their rows are gone. Then compact packs that some rows point
+   into. In this order a full disk has room again before anything is copied.
+
+What a drop record names is not reached from its commit (`reach`).
 
 What the report announces in a dry run is what the run frees: both come from the same plan.
 """
@@ -17,28 +19,29 @@ What the report announces in a dry run is what the run frees: both come from the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ckptvcs.errors import CorruptionError
+from ckptvcs.errors import CkptError, CorruptionError, InvalidError, StorageError
 from ckptvcs.ids import Kind, ObjectId
-from ckptvcs.store import Move, Pin, Reader, Row, Snapshot, Store, Target
-from ckptvcs.store.format import PACK_LIMIT, TRAILER_BYTES, PackName, unpack_object
-from ckptvcs.store.index import PackInfo
+from ckptvcs.maintenance import compaction
+from ckptvcs.maintenance.compaction import Usage
+from ckptvcs.maintenance.marking import CLASSES, COMMITS, SLICE, Marks
+from ckptvcs.maintenance.reach import Drops
+from ckptvcs.store import Move, Pin, Reader, Snapshot, Store, Target
+from ckptvcs.store.format import TRAILER_BYTES, PackName, unpack_object
 from ckptvcs.store.leases import lease_is_live, remove_dead_leases
-from ckptvcs.store.packs import Frame, PackFile, PackWriter
 from ckptvcs.store.rebuild import pack_names
 from ckptvcs.store.writer import child_name
 
 LOST_DAYS: Final = 30
 _DAY: Final = 86_400
-_SLICE: Final = 10_000
-"""Rows one transaction reads or deletes."""
-_AT_ONCE: Final = 64 << 20
-"""Bytes of objects held in memory while marking."""
+_BATCH: Final = 5_000
+"""Rows that one transaction deletes."""
+_FEW: Final = 32
+"""So many new roots are marked while a transaction is open."""
 _LOST_COMPARISONS: Final = 3
-_ORDER: Final = {Kind.COMMIT: 0, Kind.TREE: 1, Kind.CHUNK_LIST: 2, Kind.CHUNK: 3}
 
 
 @dataclass(slots=True)
@@ -86,38 +89,47 @@ class Report:
         }
 
 
-def collect(store: Store, *, grace: float, dry_run: bool, who: str) -> Report:
+def collect(
+    store: Store,
+    *,
+    grace: float,
+    dry_run: bool,
+    who: str,
+    dropping: Mapping[ObjectId, tuple[str, ...]] | None = None,
+) -> Report:
     """Collect garbage. LockedError if another collector runs; CorruptionError, with nothing deleted, if
-    something reachable is missing. Durable on return."""
+    something reachable is missing. Durable on return.
+
+    `dropping` names commits and the components that a dry run takes for dropped; () for the whole payload.
+    """
+    if dropping and not dry_run:
+        raise InvalidError("only a dry run takes drops for recorded", hint="record them first")
     report = Report(dry_run=dry_run, grace=grace)
     with store.collecting():
-        collection = _Collection(store, grace, report)
+        collection = _Collection(store, grace, report, Drops(dropping))
         if not dry_run:
             collection.expire_lost(who)
         collection.mark_roots()
-        dead = collection.dead_rows()
-        report.held = collection.held
+        collection.leftovers(remove=not dry_run)
         if dry_run:
-            collection.plan(dead)
-            collection.leftovers(remove=False)
+            collection.plan()
             return report
-        collection.delete(dead)
+        collection.delete()
         # If the index were lost now, the journal must not bring back a ref whose deletion it missed.
         store.catch_up_journal(must=True)
         collection.sweep_packs()
-        collection.leftovers(remove=True)
     return report
 
 
 class _Collection:
-    def __init__(self, store: Store, grace: float, report: Report) -> None:
+    def __init__(self, store: Store, grace: float, report: Report, drops: Drops) -> None:
         self._store = store
         self._grace = grace
         self._report = report
+        self._drops = drops
         self._now = store.disk.now_ns()
-        self._marked: set[ObjectId] = set()
         self._position = 0
-        self.held = 0
+        self._marks: Marks
 
     # -- roots and marking -----------------------------------------------------------------------
 
@@ -147,23 +159,22 @@ class _Collection:
     def mark_roots(self) -> None:
         """Mark everything reachable; first from refs and pins, then from the undo window, so that the
         difference, which the window alone holds, is known."""
+        expiring = dict(self._old_lost()) if self._report.dry_run else {}
         with self._store.snapshot() as snapshot:
             self._position = snapshot.position()
-            firm = _commits_of(snapshot.refs().values()) | snapshot.pins()
+            kept = {name: target for name, target in snapshot.refs().items() if name not in expiring}
+            firm = _commits_of(kept.values()) | snapshot.pins()
             recent = self._recent(snapshot)
-        if self._report.dry_run:
-            expiring = dict(self._old_lost())
+        if expiring:
             self._report.expired = [ref.removeprefix("refs/") for ref in expiring]
-            with self._store.snapshot() as snapshot:
-                kept = {k: v for k, v in snapshot.refs().items() if k not in expiring}
-                firm = _commits_of(kept.values()) | snapshot.pins()
             if self._grace:  # dropping them will be a log entry, which the window then holds
                 recent |= set(expiring.values())
+        self._marks = Marks(self._store, self._drops)
         with self._store.reader() as reader:
-            self._mark(reader, firm)
-            before = set(self._marked)
-            self._mark(reader, recent)
-        self.held = self._bytes_of(self._marked - before)
+            self._marks.add(reader, firm)
+            before = self._marks.bytes
+            self._marks.add(reader, recent)
+        self._report.held = self._marks.bytes - before
 
     def _recent(self, snapshot: Snapshot) -> set[ObjectId]:
         """Commits that log entries inside the undo window name, as far as they are still stored."""
@@ -181,104 +192,6 @@ class _Collection:
                         found.add(op.commit)
         return {id for id in found if snapshot.row(id) is not None}
 
-    def _mark(self, reader: Reader, roots: Iterable[ObjectId], within: Snapshot | None = None) -> None:
-        """Mark all that the commits reach, delta bases included."""
-        waiting: list[tuple[Kind, ObjectId]] = [(Kind.COMMIT, root) for root in roots]
-        while waiting:
-            batch, waiting = waiting[-_SLICE:], waiting[:-_SLICE]
-            fresh = {id: kind for kind, id in batch if id not in self._marked}
-            if within is not None:
-                rows = {id: within.row(id) for id in fresh}
-            else:
-                with self._store.snapshot() as snapshot:
-                    rows = {id: snapshot.row(id) for id in fresh}
-            objects: list[tuple[Kind, list[ObjectId]]] = []
-            size = _AT_ONCE
-            for id, kind in sorted(fresh.items(), key=lambda item: item[1]):
-                row = rows[id]
-                if row is None:
-                    raise CorruptionError(
-                        f"the {kind.label} {id.short} is referred to but missing; nothing was deleted",
-                        id=str(id),
-                    )
-                self._marked.add(id)
-                if row.base is not None:
-                    waiting.append((Kind.CHUNK, row.base))
-                if row.kind is not Kind.CHUNK:
-                    if size + row.raw > _AT_ONCE or objects[-1][0] is not row.kind:
-                        objects.append((row.kind, []))
-                        size = 0
-                    objects[-1][1].append(id)
-                    size += row.raw
-            for kind, ids in objects:
-                for id, payload in zip(ids, reader.objects(kind, ids), strict=True):
-                    waiting += unpack_object(payload, child_name(kind, id))[0]
-
-    def _bytes_of(self, ids: set[ObjectId]) -> int:
-        total = 0
-        for start in range(0, len(ids), _SLICE):
-            part = list(ids)[start : start + _SLICE]
-            with self._store.snapshot() as snapshot:
-                total += sum(row.cost for row in map(snapshot.row, part) if row is not None)
-        return total
-
-    # -- rows ------------------------------------------------------------------------------------
-
-    def dead_rows(self) -> list[tuple[ObjectId, Row]]:
-        """Unmarked rows, referrers first: the order in which they are deleted."""
-        dead: list[tuple[ObjectId, Row]] = []
-        for id, row in self._all_rows():
-            if id not in self._marked:
-                dead.append((id, row))
-        dead.sort(key=lambda item: (_ORDER[item[1].kind], -item[1].depth, item[0]))
-        return dead
-
-    def _all_rows(self) -> Iterable[tuple[ObjectId, Row]]:
-        start = b""
-        while True:
-            with self._store.snapshot() as snapshot:
-                part = snapshot.rows_from(start, _SLICE)
-            yield from part
-            if len(part) < _SLICE:
-                return
-            start = part[-1][0] + b"\x00"
-
-    def delete(self, dead: list[tuple[ObjectId, Row]]) -> None:
-        """Delete rows in bounded transactions. All commits go in one, and all trees: a commit names
-        its parents and a tree its subtrees, so none of them may be seen without the others."""
-        batches: list[list[tuple[ObjectId, Row]]] = []
-        for kind in _ORDER:
-            rows = [item for item in dead if item[1].kind is kind]
-            step = _SLICE if kind in (Kind.CHUNK, Kind.CHUNK_LIST) else max(1, len(rows))
-            batches += [rows[i : i + step] for i in range(0, len(rows), step)]
-        for batch in batches:
-            self._delete_batch(batch)
-
-    def _delete_batch(self, batch: list[tuple[ObjectId, Row]]) -> None:
-        lost = 0
-        while True:
-            with self._store.index.change() as change:
-                moved = change.position() != self._position
-                if moved and lost >= _LOST_COMPARISONS:
-                    with self._store.reader() as reader:
-                        self._mark(reader, self._new_roots(change), within=change)
-                    self._position = change.position()
-                    moved = False
-                if not moved:
-                    change.bump_gc_seq()
-                    for id, row in batch:
-                        if id not in self._marked and change.delete_row(id):
-                            self._report.records += 1
-                            self._report.commits += row.kind is Kind.COMMIT
-                    return
-            lost += 1
-            with self._store.snapshot() as snapshot:
-                roots = self._new_roots(snapshot)
-                position = snapshot.position()
-            with self._store.reader() as reader:
-                self._mark(reader, roots)
-            self._position = position
-
     def _new_roots(self, snapshot: Snapshot) -> set[ObjectId]:
         """Commits that entries behind the noted position rooted. What a move took away from is not
         kept: only the undo window does that, and it is marked already."""
@@ -291,137 +204,154 @@ class _Collection:
                     found.add(op.commit)
         return {id for id in found if snapshot.row(id) is not None}
 
+    def _root(self, commits: set[ObjectId], position: int, within: Snapshot | None = None) -> None:
+        """Mark what became a root up to a position."""
+        if commits:
+            with self._store.reader() as reader:
+                self._marks.add(reader, commits, within)
+        self._position = position
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def _is_dead(self, id: ObjectId) -> bool:
+        return id not in self._marks
+
+    def delete(self) -> None:
+        """Delete the rows that are not marked, in bounded transactions.
+
+        A commit's row vouches for its parents, so no transaction may delete a commit and leave one that
+        refers to it. Nothing else vouches for others, except that a frame must not outlive its base.
+        """
+        for kind in CLASSES:
+            if kind == COMMITS:
+                places: Iterable[int] = self._referrers_first()
+            else:
+                places = self._marks.rows.unmarked(kind)
+            batch: list[int] = []
+            for place in places:
+                batch.append(place)
+                if len(batch) == _BATCH:
+                    self._delete(batch)
+                    batch = []
+            self._delete(batch)
+
+    def _referrers_first(self) -> list[int]:
+        """Places of dead commits, each behind those that refer to it."""
+        rows = self._marks.rows
+        dead = list(rows.unmarked(COMMITS))
+        children = dict.fromkeys(dead, 0)
+        below: dict[int, tuple[int, ...]] = {}
+        with self._store.reader() as reader:
+            for place, references in self._references(reader, dead):
+                parents = (rows.place(id) for kind, id in references if kind is Kind.COMMIT)
+                below[place] = tuple(parent for parent in parents if parent in children)
+                for parent in below[place]:
+                    children[parent] += 1
+        order = [place for place, count in children.items() if count == 0]
+        for place in order:  # which grows behind
+            for parent in below.pop(place, ()):
+                children[parent] -= 1
+                if children[parent] == 0:
+                    order.append(parent)
+        return order
+
+    def _references(
+        self, reader: Reader, places: Sequence[int]
+    ) -> Iterator[tuple[int, list[tuple[Kind, ObjectId]]]]:
+        """What dead commits refer to. One that cannot be read refers to nothing: no ref to it is of use."""
+        for start in range(0, len(places), SLICE):
+            part = [(place, self._marks.rows.id(place)) for place in places[start : start + SLICE]]
+            try:
+                payloads = reader.objects(Kind.COMMIT, [id for _, id in part])
+            except CkptError:
+                payloads = []
+                for _, id in part:
+                    try:
+                        payloads += reader.objects(Kind.COMMIT, [id])
+                    except CkptError:
+                        payloads.append(b"")
+            for (place, id), payload in zip(part, payloads, strict=True):
+                with contextlib.suppress(CorruptionError):
+                    yield place, unpack_object(payload, child_name(Kind.COMMIT, id))[0]
+
+    def _delete(self, places: list[int]) -> None:
+        """Delete rows in one transaction, or in more and smaller ones if the disk is so full that the index
+        cannot grow: what one of them frees serves the next."""
+        waiting = [places] if places else []
+        while waiting:
+            batch = waiting.pop()
+            try:
+                self._delete_batch(batch)
+            except StorageError as error:
+                if error.code != "disk-full" or len(batch) == 1:
+                    raise
+                half = len(batch) // 2
+                waiting += [batch[half:], batch[:half]]
+
+    def _delete_batch(self, batch: list[int]) -> None:
+        """One transaction. What was rooted since the marks were made is marked before it is opened; the few
+        roots that came while it was waited for are marked inside, so that busy committers cannot keep a
+        collector from ever deleting."""
+        rows = self._marks.rows
+        for attempt in range(_LOST_COMPARISONS + 1):
+            with self._store.snapshot() as snapshot:
+                self._root(self._new_roots(snapshot), snapshot.position())
+            with self._store.index.change() as change:
+                roots = self._new_roots(change)
+                if len(roots) > _FEW and attempt < _LOST_COMPARISONS:
+                    continue
+                self._root(roots, change.position(), within=change)
+                change.bump_gc_seq()
+                dead = [place for place in batch if not rows.marks(place)]
+                gone = [place for place in dead if change.delete_row(rows.id(place))]
+            self._report.records += len(gone)
+            self._report.commits += sum(map(rows.is_commit, gone))
+            return
+
     # -- packs -----------------------------------------------------------------------------------
 
-    def _usage(self, dead: Iterable[ObjectId] = ()) -> dict[PackName, dict[ObjectId, Row]]:
-        """Live rows by pack, of published packs."""
-        gone = set(dead)
-        with self._store.snapshot() as snapshot:
-            live: dict[PackName, dict[ObjectId, Row]] = {name: {} for name in snapshot.packs()}
-        for id, row in self._all_rows():
-            if id not in gone and row.pack in live:
-                live[row.pack][id] = row
-        return live
-
-    def plan(self, dead: list[tuple[ObjectId, Row]]) -> None:
+    def plan(self) -> None:
         """Fill the report with what `delete` and `sweep_packs` would free."""
-        self._report.records = len(dead)
-        self._report.commits = sum(row.kind is Kind.COMMIT for _, row in dead)
-        live = self._usage(id for id, _ in dead)
-        unlinked, groups = self._work(live)
-        for name in unlinked:
-            self._count_unlinked(name)
-        for group in groups:
-            self._count_compacted(group, live)
+        for kind in CLASSES:
+            dead = sum(1 for _ in self._marks.rows.unmarked(kind))
+            self._report.records += dead
+            self._report.commits += dead if kind == COMMITS else 0
+        used = compaction.usage(self._store, self._is_dead)
+        for name in _unused(used):
+            self._count([name], used)
+        for group in _groups(used):
+            self._count(group, used)
 
     def sweep_packs(self) -> None:
-        """Unlink dead packs and compact partly dead ones."""
-        live = self._usage()
-        unlinked, groups = self._work(live)
-        for name in unlinked:
-            self._count_unlinked(name)
-            self._unlink(name)
-        while groups:
-            group = groups.pop()
+        """Unlink dead packs, then compact partly dead ones."""
+        used = compaction.usage(self._store)
+        for name in _unused(used):
+            compaction.unlink(self._store, name)
+            self._count([name], used)
+        waiting = _groups(used)
+        while waiting:
+            group = waiting.pop()
             try:
-                self._compact(group, live)
-            except CorruptionError as error:
+                compaction.compact(self._store, group)
+            except (CorruptionError, StorageError) as error:
+                if isinstance(error, StorageError) and error.code != "disk-full":
+                    raise
                 if len(group) > 1:
-                    groups += [[name] for name in group]
+                    # Those with the least to copy come first: what they free may be room for the others.
+                    waiting += [[name] for name in sorted(group, key=lambda name: -used[name].bytes)]
                 else:
                     # The pack stays as it is: its sound records are safest where they lie.
                     self._report.problems.append(str(error))
             else:
-                self._count_compacted(group, live)
-                for name in group:
-                    self._unlink(name)
+                self._count(group, used)
 
-    def _work(self, live: dict[PackName, dict[ObjectId, Row]]) -> tuple[list[PackName], list[list[PackName]]]:
-        """Packs to unlink, and groups of packs whose live records go into one new pack each."""
-        with self._store.snapshot() as snapshot:
-            packs = snapshot.packs()
-        unlinked, partly = [], []
-        for name in sorted(live):
-            if name not in packs:
-                continue
-            if not live[name]:
-                unlinked.append(name)
-            elif len(live[name]) < packs[name].records:
-                partly.append(name)
-        groups: list[list[PackName]] = []
-        size = PACK_LIMIT
-        for name in partly:
-            bytes_live = sum(row.cost for row in live[name].values())
-            if size + bytes_live > PACK_LIMIT:
-                groups.append([])
-                size = 0
-            groups[-1].append(name)
-            size += bytes_live
-        return unlinked, groups
-
-    def _records_bytes(self, name: PackName) -> int:
-        """Bytes of a pack's records and footer entries: the file without its trailer."""
-        with self._store.snapshot() as snapshot:
-            info = snapshot.pack(name)
-        return max(0, info.size - TRAILER_BYTES) if info else 0
-
-    def _count_unlinked(self, name: PackName) -> None:
-        self._report.freed += self._records_bytes(name)
-        self._report.disk += self._records_bytes(name) + TRAILER_BYTES
-        self._report.packs += 1
-
-    def _count_compacted(self, group: list[PackName], live: dict[PackName, dict[ObjectId, Row]]) -> None:
-        before = sum(self._records_bytes(name) for name in group)
-        after = sum(row.cost for name in group for row in live[name].values())
+    def _count(self, names: list[PackName], used: dict[PackName, Usage]) -> None:
+        """Add what packs free whose live records go into one new pack, if there are any."""
+        before = sum(used[name].all_bytes for name in names)
+        after = sum(used[name].bytes for name in names)
         self._report.freed += before - after
-        self._report.disk += before - after + TRAILER_BYTES * (len(group) - 1)
-        self._report.packs += len(group)
-
-    def _unlink(self, name: PackName) -> None:
-        """The file first, then its row: a crash in between leaves a row without file, which the next
-        run finishes. No row can come to point into a published pack again, so nothing is lost."""
-        self._store.disk.remove(self._store.layout.pack(name))
-        with self._store.index.change() as change:
-            change.bump_gc_seq()
-            change.delete_pack(name)
-
-    def _compact(self, group: list[PackName], live: dict[PackName, dict[ObjectId, Row]]) -> None:
-        store = self._store
-        writer = PackWriter(store.disk, store.layout, store.lease.next_pack())
-        moved: list[tuple[ObjectId, Row, Row]] = []
-        try:
-            for name in group:
-                with contextlib.closing(self._opened(name)) as pack:
-                    for id, row in sorted(live[name].items(), key=lambda item: item[1].offset):
-                        header = pack.header(row.offset)
-                        if header.id != id:
-                            raise CorruptionError(
-                                f"{pack.path}: the record at {row.offset} is not the one indexed",
-                                path=str(pack.path),
-                                offset=row.offset,
-                                id=str(id),
-                            )
-                        entry = writer.append(Frame(header, pack.payload(header, row.offset)))
-                        moved.append((id, row, row._replace(pack=writer.name, offset=entry.offset)))
-            size = writer.seal()
-        except BaseException:
-            writer.abandon()
-            raise
-        with store.index.change() as change:
-            store.lease.check()
-            change.bump_gc_seq()
-            change.put_pack(writer.name, PackInfo(size, len(moved)))
-            for id, old, new in moved:
-                current = change.row(id)
-                if current is not None and (current.pack, current.offset) == (old.pack, old.offset):
-                    change.put_row(id, current._replace(pack=new.pack, offset=new.offset))
-
-    def _opened(self, name: PackName) -> PackFile:
-        path = self._store.layout.pack(name)
-        try:
-            return PackFile(self._store.disk, path)
-        except FileNotFoundError:
-            raise CorruptionError(f"the pack {path} is missing", path=str(path)) from None
+        self._report.disk += before - after + TRAILER_BYTES * (len(names) - bool(after))
+        self._report.packs += len(names)
 
     # -- leftovers -------------------------------------------------------------------------------
 
@@ -457,6 +387,18 @@ class _Collection:
         if remove:
             remove_dead_leases(store.disk, store.layout)
             store.remove_rebuild_leftovers()
+
+
+def _unused(used: dict[PackName, Usage]) -> list[PackName]:
+    """Packs without a live record."""
+    return sorted(name for name, pack in used.items() if pack.records == 0)
+
+
+def _groups(used: dict[PackName, Usage]) -> list[list[PackName]]:
+    """Partly dead packs, by the new pack that their live records go into."""
+    return compaction.groups(
+        (name, pack.bytes) for name, pack in sorted(used.items()) if 0 < pack.records < pack.all_records
+    )
 
 
 def _commits_of(targets: Iterable[Target | None]) -> set[ObjectId]:
