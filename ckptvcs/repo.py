@@ -31,7 +31,7 @@ from ckptvcs.errors import (
 from ckptvcs.history import refs
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.revision import Revisions
-from ckptvcs.ids import ObjectId
+from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.opened import Opened
 from ckptvcs.opening import Environment, default_author, find, make_folders
 from ckptvcs.store import Claim, Fork, LogEntry, Move, Operation, Reader, Status, Store
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ckptvcs import importing
     from ckptvcs.background import PendingCommit
     from ckptvcs.maintenance import fsck, gc
+    from ckptvcs.maintenance.reach import Reach
     from ckptvcs.runs import Run
     from ckptvcs.state import export as exporting
     from ckptvcs.state import files as file_trees
@@ -140,6 +141,7 @@ class Repo:
             head=refs.HEADS + "main",
             who=environ.author or default_author(),
             threads=environ.threads,
+            below=_below,
         )
         return cls(Opened(store, environ.author, job=environ.job), environ.branch, owner=True)
 
@@ -191,7 +193,9 @@ class Repo:
                 f"there is no repository in {where} or above it",
                 hint="make one with `ckpt init`, or set CKPT_REPO to its folder",
             )
-        store = Store.open(root, disk, threads=environ.threads, say=say or _log.warning, rebuild=rebuild)
+        store = Store.open(
+            root, disk, threads=environ.threads, say=say or _log.warning, rebuild=rebuild, below=_below
+        )
         try:
             opened = Opened(store, environ.author, compression, environ.job)
             return cls(opened, branch or environ.branch, owner=True)
@@ -1076,3 +1080,12 @@ class Repo:
                     raise
                 store.reopen()
         return fsck.check(store, full=full)
+
+
+def _below(
+    reader: Reader, kind: Kind, id: ObjectId, payload: bytes, dropped: tuple[str, ...] | None
+) -> Reach:
+    """What a commit must reach, for a store that makes its index anew."""
+    from ckptvcs.maintenance import reach
+
+    return reach.below(reader, kind, id, payload, dropped)

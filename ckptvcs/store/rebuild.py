@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from ckptvcs.disk import Disk, random_name
 from ckptvcs.errors import CkptError, CorruptionError
@@ -22,6 +23,23 @@ from ckptvcs.store.journal import Journal, Move
 from ckptvcs.store.packs import PackFile
 from ckptvcs.store.reader import Reader
 from ckptvcs.store.writer import child_name
+
+Below: TypeAlias = Callable[
+    [Reader, Kind, ObjectId, bytes, "tuple[str, ...] | None"],
+    "tuple[Sequence[tuple[Kind, ObjectId]], Sequence[ObjectId]]",
+]
+"""What an object must reach, given its payload and what a drop record took from it: records with all that
+is below them, and trees by themselves. Those above this layer know what a tree is."""
+
+
+def everything_below(
+    reader: Reader, kind: Kind, id: ObjectId, payload: bytes, dropped: tuple[str, ...] | None
+) -> tuple[Sequence[tuple[Kind, ObjectId]], Sequence[ObjectId]]:
+    """`Below` for those who do not know: of a payload that was dropped in part all is wanted."""
+    references = unpack_object(payload, child_name(kind, id))[0]
+    if kind is Kind.COMMIT and dropped == ():
+        return [reference for reference in references if reference[0] is Kind.COMMIT], ()
+    return references, ()
 
 
 @dataclass(slots=True)
@@ -36,7 +54,12 @@ class Rebuilt:
 
 
 def rebuild(
-    disk: Disk, layout: Layout, pool: Callable[[], ThreadPoolExecutor], *, rescue: bool
+    disk: Disk,
+    layout: Layout,
+    pool: Callable[[], ThreadPoolExecutor],
+    below: Below = everything_below,
+    *,
+    rescue: bool,
 ) -> tuple[Format, Rebuilt]:
     """Write a new index and the `format` file that names it. Durable on return.
 
@@ -71,8 +94,8 @@ def rebuild(
                 report.log_entries += 1
         grid = GRIDS[stamped.grid]
         with Reader(disk, layout, index, grid, pool) as reader:
-            references = _references(reader, rows)
-        dangling = _dangling(index, references, rows)
+            references, alone = _references(reader, index, rows, below)
+        dangling = _dangling(index, references, alone, rows)
         if dangling:
             with index.change() as change:
                 for id in dangling:
@@ -210,15 +233,23 @@ def _is_sound(disk: Disk, layout: Layout, name: PackName, entry: Entry) -> bool:
     return header.id == entry.id
 
 
-def _references(reader: Reader, rows: dict[ObjectId, Row]) -> dict[ObjectId, list[ObjectId]]:
-    """What each readable object refers to."""
+def _references(
+    reader: Reader, index: Index, rows: dict[ObjectId, Row], below: Below
+) -> tuple[dict[ObjectId, list[ObjectId]], dict[ObjectId, Sequence[ObjectId]]]:
+    """What each readable object must reach, and the trees that commits need by themselves besides."""
     references: dict[ObjectId, list[ObjectId]] = {}
+    alone: dict[ObjectId, Sequence[ObjectId]] = {}
     for id, row in rows.items():
         if row.kind is not Kind.CHUNK:
+            with index.snapshot() as snapshot:
+                dropped = snapshot.drops(id) if row.kind is Kind.COMMIT else None
             with contextlib.suppress(CkptError):
                 payload = reader.objects(row.kind, [id])[0]
-                references[id] = [child for _, child in unpack_object(payload, child_name(row.kind, id))[0]]
-    return references
+                whole, by_themselves = below(reader, row.kind, id, payload, dropped)
+                references[id] = [child for _, child in whole]
+                if by_themselves:
+                    alone[id] = by_themselves
+    return references, alone
 
 
 def _rescued(references: dict[ObjectId, list[ObjectId]], rows: dict[ObjectId, Row]) -> list[Move]:
@@ -230,9 +261,12 @@ def _rescued(references: dict[ObjectId, list[ObjectId]], rows: dict[ObjectId, Ro
 
 
 def _dangling(
-    index: Index, references: dict[ObjectId, list[ObjectId]], rows: dict[ObjectId, Row]
+    index: Index,
+    references: dict[ObjectId, list[ObjectId]],
+    alone: dict[ObjectId, Sequence[ObjectId]],
+    rows: dict[ObjectId, Row],
 ) -> list[ObjectId]:
-    """Objects whose closure is not whole and that no ref reaches.
+    """Objects whose closure is not whole, that no ref reaches, and that no commit needs by themselves.
 
     A pack may still hold the commit of a deleted branch whose chunks are gone. Its row must not come
     back, because a commit row that is present vouches for everything below it. What a ref does reach
@@ -263,4 +297,7 @@ def _dangling(
         if id not in kept:
             kept.add(id)
             waiting += references.get(id, ())
+    for id, trees in alone.items():
+        if id not in broken or id in kept:
+            kept.update(trees)
     return sorted(id for id in broken - kept if id in rows)

@@ -34,7 +34,7 @@ from ckptvcs.store.index import Change, Index, Snapshot
 from ckptvcs.store.journal import Drop, Expire, Fork, Journal, LogEntry, Move, Note, Operation, Pin
 from ckptvcs.store.leases import Lease
 from ckptvcs.store.reader import Reader
-from ckptvcs.store.rebuild import Rebuilt, clear_leftovers, rebuild
+from ckptvcs.store.rebuild import Below, Rebuilt, clear_leftovers, everything_below, rebuild
 from ckptvcs.store.writer import Writer
 
 if TYPE_CHECKING:
@@ -69,12 +69,21 @@ class Store:
         self._process = disk.process()
         self._thread = threading.local()
         self._choices: Memory | None = None
+        self._below: Below = everything_below
 
     # -- life ------------------------------------------------------------------------------------
 
     @classmethod
     def create(
-        cls, root: Path, disk: Disk, *, config: bytes, head: str, who: str, threads: int | None = None
+        cls,
+        root: Path,
+        disk: Disk,
+        *,
+        config: bytes,
+        head: str,
+        who: str,
+        threads: int | None = None,
+        below: Below = everything_below,
     ) -> Store:
         """Make a repository at `root` (the `.ckpt` folder itself) and open it.
 
@@ -96,7 +105,7 @@ class Store:
             except BaseException:
                 disk.remove_tree(aside)
                 raise
-        return cls.open(root, disk, threads=threads)
+        return cls.open(root, disk, threads=threads, below=below)
 
     @staticmethod
     def _build(root: Path, disk: Disk, config: bytes, head: str, who: str) -> None:
@@ -134,13 +143,15 @@ class Store:
         threads: int | None = None,
         say: Callable[[str], None] = _say_nothing,
         rebuild: bool = False,
+        below: Below = everything_below,
     ) -> Store:
-        """Open an existing repository folder.
+        """Open an existing repository folder. `below` tells a rebuild what commits must reach.
 
         A missing index is made anew first, and `say` is told; with `rebuild` also one that is there,
         which may be damaged beyond opening. No other handle may be open for that.
         """
         store = cls(root, disk, threads)
+        store._below = below
         try:
             if rebuild:
                 store.rebuilt = store.rebuild()
@@ -221,7 +232,9 @@ class Store:
                 with contextlib.suppress(NotFoundError):
                     Index.open(self.disk, self.layout.meta, self.format.index).close()
                     return None
-            self.format, report = rebuild(self.disk, self.layout, self._pool, rescue=not only_if_missing)
+            self.format, report = rebuild(
+                self.disk, self.layout, self._pool, self._below, rescue=not only_if_missing
+            )
         return report
 
     def reopen(self) -> None:

@@ -120,6 +120,179 @@ def collect(repo: Repo, grace: float | None = 0) -> gc.Report:
     return done
 
 
+# -- what retention dropped -----------------------------------------------------------------------
+
+
+def drop(repo: Repo, commit: Commit, *names: str) -> None:
+    """Record that components of a commit are dropped; without names all of it."""
+    assert repo._store.update([Drop(commit.id, names)], who="me", why="retain")
+
+
+def chunks(repo: Repo) -> set[ObjectId]:
+    """The chunks that are stored."""
+    return {id for id, row in rows(repo).items() if row.kind is Kind.CHUNK}
+
+
+def test_a_dropped_payload_goes_and_its_lineage_stays(repo: Repo) -> None:
+    first = repo.commit({"a": array(1)}, message="the first", metrics={"loss": 2.0})
+    repo.commit({"a": array(2)})
+    dry = gc.collect(repo._store, grace=0, dry_run=True, who="me", dropping={first.id: ()})
+    drop(repo, first)
+    done = collect(repo, grace=None)  # whatever the undo window says
+    assert done.freed == dry.freed > 4000
+    assert chunks(repo) == {chunk_id(array(2))}
+    assert [each.message for each in repo.log()][1] == "the first"
+    assert repo.resolve("HEAD~1").metrics == {"loss": 2.0}
+    assert repo.fsck(full=True).ok
+
+
+def test_a_dropped_component_goes_and_the_others_stay(repo: Repo) -> None:
+    state = {"model": {"w": array(1), "deep": {"x": array(2)}}, "optimizer": {"m": array(3)}, "step": 7}
+    first = repo.commit(state)
+    repo.commit({"model": {"w": array(1)}})
+    dry = gc.collect(repo._store, grace=0, dry_run=True, who="me", dropping={first.id: ("optimizer",)})
+    drop(repo, first, "optimizer")
+    assert collect(repo).freed == dry.freed > 4000
+    assert chunks(repo) == {chunk_id(array(1)), chunk_id(array(2))}
+    exact(repo.checkout(first, only=["model", "step"]), {"model": state["model"], "step": 7})
+    assert repo.fsck(full=True).ok
+    drop(repo, first)
+    collect(repo)
+    assert chunks(repo) == {chunk_id(array(1))}
+
+
+def test_drops_apply_to_what_only_the_window_holds(repo: Repo) -> None:
+    repo.commit({"n": 0})
+    side = repo.on("side").commit({"a": array(1), "b": array(2)})
+    drop(repo, side, "a")
+    repo.delete_branch("side", force=True)
+    collect(repo, grace=None)
+    assert chunks(repo) == {chunk_id(array(2))}
+    repo.branch("back", side)
+    exact(repo.checkout("back", only="b"), {"b": array(2)})
+    assert repo.fsck(full=True).ok
+
+
+@pytest.mark.parametrize("names", [(), ("optimizer",)])
+@pytest.mark.parametrize("collected", [False, True])
+def test_the_state_of_a_dropped_commit_can_be_committed_again(
+    repo: Repo, names: tuple[str, ...], collected: bool
+) -> None:
+    """A tree that is there for a part of it is not taken for whole: neither by who commits the same state,
+    nor by a collection that has seen it as a part first."""
+    state = {"model": {"w": array(1)}, "optimizer": {"m": array(2), "v": {"x": array(3)}}}
+    first = repo.commit(state)
+    repo.commit({"n": 1})
+    drop(repo, first, *names)
+    if collected:
+        collect(repo)
+    handle = repo.on("again")
+    handle.commit(state)
+    for _ in range(2):
+        collect(repo)
+        exact(repo.checkout("again"), state)
+        assert repo.fsck(full=True).ok
+    repo.delete_branch("again", force=True)
+    collect(repo)
+    assert chunks(repo) == ({chunk_id(array(1))} if names else set())
+    assert repo.fsck(full=True).ok
+
+
+def test_the_same_state_is_committed_while_a_drop_is_collected(
+    repo: Repo, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer found everything stored; then the collector took the optimizer. It is written again."""
+    state = {"model": {"w": array(1)}, "optimizer": {"m": array(2), "v": {"x": array(3)}}}
+    first = repo.commit(state)
+    repo.commit({"n": 1})
+    drop(repo, first, "optimizer")
+    plain = Writer.publish
+
+    def late(self: Writer, wanted: Publication) -> bool:
+        monkeypatch.setattr(Writer, "publish", plain)
+        with Repo.open(folder) as other:
+            assert other.gc(grace=0).records > 0
+        return plain(self, wanted)
+
+    monkeypatch.setattr(Writer, "publish", late)
+    repo.on("again").commit(state)
+    exact(repo.checkout("again"), state)
+    collect(repo)
+    exact(repo.checkout("again"), state)
+    assert repo.fsck(full=True).ok
+
+
+def test_the_same_state_is_committed_after_a_collection_marked(
+    repo: Repo, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector has marked the tree for a part of it; a new commit needs all of it."""
+    state = {"model": {"w": array(1)}, "optimizer": {"m": array(2), "v": {"x": array(3)}}}
+    first = repo.commit(state)
+    repo.commit({"n": 1})
+    drop(repo, first, "optimizer")
+    plain = gc._Collection.delete
+
+    def late(self: Any) -> None:
+        with Repo.open(folder) as other:
+            other.on("again").commit(state)
+        plain(self)
+
+    monkeypatch.setattr(gc._Collection, "delete", late)
+    assert repo.gc(grace=0).records == 0
+    exact(repo.checkout("again"), state)
+    assert repo.fsck(full=True).ok
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_rebuild_keeps_what_a_drop_left(repo: Repo, folder: Path, lost: bool) -> None:
+    """The index is made anew while nothing but the undo window holds a commit that lost a part."""
+    repo.commit({"n": 0})
+    handle = repo.on("side")
+    part = handle.commit({"a": array(1), "b": array(2)})
+    none = handle.commit({"c": array(3)})
+    tip = handle.commit({"d": array(4)})
+    drop(repo, part, "a")
+    drop(repo, none)
+    repo.delete_branch("side", force=True)
+    if lost:  # then they are gone, though their records may still lie in a pack
+        gone = collect(repo)
+        assert gone.commits == 3
+    else:
+        collect(repo, grace=None)
+    repo.close()
+    shutil.rmtree(folder / ".ckpt" / "meta")
+    with Repo.open(folder) as again:
+        if lost:
+            with pytest.raises(NotFoundError):
+                again.branch("back", tip)
+            return
+        again.branch("back", tip)
+        exact(again.checkout("back"), {"d": array(4)})
+        exact(again.checkout(part, only="b"), {"b": array(2)})
+        assert again.fsck(full=True).ok
+        collect(again)
+        exact(again.checkout(part, only="b"), {"b": array(2)})
+
+
+def test_what_a_drop_does_not_explain_is_damage(repo: Repo) -> None:
+    first = repo.commit({"a": array(1), "b": array(2)})
+    repo.commit({"n": 1})
+    drop(repo, first, "a")
+    collect(repo)
+    with repo._store.index.change() as change:
+        change.delete_row(chunk_id(array(2)))
+    (problem,) = repo.fsck().problems
+    assert problem.commits == (str(first.id),)
+    with pytest.raises(CorruptionError):
+        repo.gc(grace=0)
+
+
+def test_only_a_dry_run_assumes_drops(repo: Repo) -> None:
+    first = repo.commit({"a": array(1)})
+    with pytest.raises(InvalidError, match="dry run"):
+        gc.collect(repo._store, grace=0, dry_run=False, who="me", dropping={first.id: ()})
+
+
 # -- what is freed, and what stays ----------------------------------------------------------------
 
 
