@@ -353,13 +353,30 @@ class Writer:
 
     # -- publishing ------------------------------------------------------------------------------
 
+    def reuse(self) -> None:
+        """Say that trees of this commit refer to stored records that were not put here.
+
+        The row of a tree does not vouch for what is below it, since retention may have dropped a part: so
+        `publish` looks all of it up. NotFoundError there if some of it is gone.
+        """
+        self._reused = True
+
+    _reused = False
+
+    def _reuses(self, root: ObjectId) -> bool:
+        """Whether the commit refers to trees that were not put here."""
+        made = self._objects.get(root)
+        references = unpack_object(made[1], child_name(made[0], root))[0] if made else []
+        return self._reused or any(kind is Kind.TREE and id not in self._objects for kind, id in references)
+
     def publish(self, wanted: Publication) -> bool:
         """Make the commit and all it reaches durable and move the refs, in one transaction.
 
         True if the refs moved. False if one of them stood elsewhere: then the commit is rooted by
         `rescue` instead. Durable on return either way.
         """
-        closure: list[ObjectId] | None = None
+        closure = self._closure(wanted.root) if self._reuses(wanted.root) else None
+        reuses = closure is not None
         while True:
             self._seal()
             absent: list[ObjectId] = []
@@ -367,7 +384,7 @@ class Writer:
                 self._lease.check()
                 if wanted.claim is not None:
                     wanted.claim.check()
-                moved = change.gc_seq() != self._gc_seq
+                moved = change.gc_seq() != self._gc_seq or reuses
                 if not moved or closure is not None:
                     # Differences are looked at in any case: a base may have been found damaged.
                     doubtful = closure if moved and closure is not None else self._differences()
