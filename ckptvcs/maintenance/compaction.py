@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from ckptvcs.errors import CorruptionError
 from ckptvcs.ids import ObjectId
 from ckptvcs.maintenance.marking import slices
+from ckptvcs.maintenance.rewriting import Rewriter
 from ckptvcs.store import Row, Store
 from ckptvcs.store.format import HEADER_BYTES, PACK_LIMIT, TRAILER_BYTES, PackName
-from ckptvcs.store.index import PackInfo
-from ckptvcs.store.packs import Frame, PackFile, PackWriter
+from ckptvcs.store.packs import PackFile
 
 
 @dataclass(slots=True)
@@ -69,34 +69,11 @@ def compact(store: Store, names: Sequence[PackName]) -> None:
     CorruptionError if one of them is damaged, StorageError if it cannot be written: then all stay as they
     are.
     """
-    writer = PackWriter(store.disk, store.layout, store.lease.next_pack())
-    moved: list[tuple[ObjectId, Row, Row]] = []
-    try:
+    with Rewriter(store) as rewriter:
         for name in names:
-            with contextlib.closing(_opened(store, name)) as pack:
-                for id, row in _live(store, name, pack):
-                    header = pack.header(row.offset)
-                    if header.id != id:
-                        raise CorruptionError(
-                            f"{pack.path}: the record at {row.offset} is not the one indexed",
-                            path=str(pack.path),
-                            offset=row.offset,
-                            id=str(id),
-                        )
-                    entry = writer.append(Frame(header, pack.payload(header, row.offset)))
-                    moved.append((id, row, row._replace(pack=writer.name, offset=entry.offset)))
-        size = writer.seal()
-    except BaseException:
-        writer.abandon()
-        raise
-    with store.index.change() as change:
-        store.lease.check()
-        change.bump_gc_seq()
-        change.put_pack(writer.name, PackInfo(size, len(moved)))
-        for id, old, new in moved:
-            current = change.row(id)
-            if current is not None and (current.pack, current.offset) == (old.pack, old.offset):
-                change.put_row(id, current._replace(pack=new.pack, offset=new.offset))
+            for id, row in _live(store, name):
+                rewriter.copy(id, row)
+        rewriter.publish()
     for name in names:
         unlink(store, name)
 
@@ -110,31 +87,23 @@ def unlink(store: Store, name: PackName) -> None:
         change.delete_pack(name)
 
 
-def _live(store: Store, name: PackName, pack: PackFile) -> list[tuple[ObjectId, Row]]:
+def _live(store: Store, name: PackName) -> list[tuple[ObjectId, Row]]:
     """The rows that point into a pack, in its order.
 
     Found by its footer, which must list the file without a gap: then no row can point at anything else.
     """
-    entries = sorted(pack.entries(), key=lambda entry: entry.offset)
-    end = 0
-    for entry in entries:
-        if entry.offset != end:
-            raise CorruptionError(
-                f"{pack.path}: the footer leaves out what lies at {end}", path=str(pack.path)
-            )
-        end += HEADER_BYTES + entry.stored
-    if end != pack.trailer().footer_offset:
-        raise CorruptionError(f"{pack.path}: the footer leaves out what lies at {end}", path=str(pack.path))
-    with store.snapshot() as snapshot:
-        rows = [(entry.id, snapshot.row(entry.id), entry.offset) for entry in entries]
-    return [
-        (id, row) for id, row, offset in rows if row is not None and (row.pack, row.offset) == (name, offset)
-    ]
-
-
-def _opened(store: Store, name: PackName) -> PackFile:
     path = store.layout.pack(name)
     try:
-        return PackFile(store.disk, path)
+        with contextlib.closing(PackFile(store.disk, path)) as pack:
+            entries = sorted(pack.entries(), key=lambda entry: entry.offset)
+            records = pack.trailer().footer_offset
     except FileNotFoundError:
         raise CorruptionError(f"the pack {path} is missing", path=str(path)) from None
+    end = 0
+    for entry in entries:
+        end += HEADER_BYTES + entry.stored if entry.offset == end else 0
+    if end != records:
+        raise CorruptionError(f"{path}: the footer leaves records out", path=str(path))
+    with store.snapshot() as snapshot:
+        rows = [(entry.id, snapshot.row(entry.id), entry.offset) for entry in entries]
+    return [(id, row) for id, row, at in rows if row is not None and (row.pack, row.offset) == (name, at)]

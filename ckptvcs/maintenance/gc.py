@@ -25,10 +25,11 @@ from typing import Any, Final
 
 from ckptvcs.errors import CkptError, CorruptionError, InvalidError, StorageError
 from ckptvcs.ids import Kind, ObjectId
-from ckptvcs.maintenance import compaction
+from ckptvcs.maintenance import compaction, rebasing
 from ckptvcs.maintenance.compaction import Usage
 from ckptvcs.maintenance.marking import CLASSES, COMMITS, SLICE, Marks
 from ckptvcs.maintenance.reach import Drops
+from ckptvcs.maintenance.rebasing import Rebased
 from ckptvcs.store import Move, Pin, Reader, Snapshot, Store, Target
 from ckptvcs.store.format import TRAILER_BYTES, PackName, unpack_object
 from ckptvcs.store.leases import lease_is_live, remove_dead_leases
@@ -49,9 +50,10 @@ class Report:
     """What a collection freed, or would free.
 
     Attributes:
-        freed: bytes of records: headers, payloads and footer entries.
+        freed: bytes of records: headers, payloads and footer entries; less what encoding anew added.
         records, commits: how many of them, and how many of those were commits.
         packs: files unlinked or rewritten.
+        reencoded: chunks that were encoded anew, so that their bases could go.
         disk: bytes by which the pack files shrink, leftovers of dead writers included.
         leftovers: bytes of unpublished packs and temporary files of dead writers.
         held: bytes that only the undo window still holds; `--grace 0` frees them.
@@ -65,6 +67,7 @@ class Report:
     records: int = 0
     commits: int = 0
     packs: int = 0
+    reencoded: int = 0
     disk: int = 0
     leftovers: int = 0
     held: int = 0
@@ -80,6 +83,7 @@ class Report:
             "records": self.records,
             "commits": self.commits,
             "packs": self.packs,
+            "reencoded": self.reencoded,
             "disk": self.disk,
             "leftovers": self.leftovers,
             "held": self.held,
@@ -96,11 +100,15 @@ def collect(
     dry_run: bool,
     who: str,
     dropping: Mapping[ObjectId, tuple[str, ...]] | None = None,
+    rebase: bool = False,
 ) -> Report:
     """Collect garbage. LockedError if another collector runs; CorruptionError, with nothing deleted, if
     something reachable is missing. Durable on return.
 
-    `dropping` names commits and the components that a dry run takes for dropped; () for the whole payload.
+    Args:
+        dropping: commits and the components that a dry run takes for dropped; () for the whole payload.
+        rebase: encode anew what is kept as a difference against what is not, so that the base can go. Else
+            bases stay as long as a difference needs them.
     """
     if dropping and not dry_run:
         raise InvalidError("only a dry run takes drops for recorded", hint="record them first")
@@ -109,8 +117,10 @@ def collect(
         collection = _Collection(store, grace, report, Drops(dropping))
         if not dry_run:
             collection.expire_lost(who)
-        collection.mark_roots()
         collection.leftovers(remove=not dry_run)
+        collection.mark_roots(bases=not rebase)
+        if rebase:
+            collection.rebase()
         if dry_run:
             collection.plan()
             return report
@@ -130,6 +140,7 @@ class _Collection:
         self._now = store.disk.now_ns()
         self._position = 0
         self._marks: Marks
+        self._rebased = Rebased()
 
     # -- roots and marking -----------------------------------------------------------------------
 
@@ -156,7 +167,7 @@ class _Collection:
             if isinstance(target, ObjectId) and made.get(ref, 0) < limit
         ]
 
-    def mark_roots(self) -> None:
+    def mark_roots(self, *, bases: bool) -> None:
         """Mark everything reachable; first from refs and pins, then from the undo window, so that the
         difference, which the window alone holds, is known."""
         expiring = dict(self._old_lost()) if self._report.dry_run else {}
@@ -171,10 +182,26 @@ class _Collection:
                 recent |= set(expiring.values())
         self._marks = Marks(self._store, self._drops)
         with self._store.reader() as reader:
-            self._marks.add(reader, firm)
+            self._marks.add(reader, firm, bases=bases)
             before = self._marks.bytes
-            self._marks.add(reader, recent)
+            self._marks.add(reader, recent, bases=bases)
         self._report.held = self._marks.bytes - before
+
+    def rebase(self) -> None:
+        """Encode anew what needs bases that are not marked, then mark the bases that are left."""
+        dry = self._report.dry_run
+        try:
+            self._rebased = rebasing.rebase(self._store, self._marks, write=not dry)
+        except StorageError as error:
+            if error.code != "disk-full":
+                raise
+            self._report.problems.append(str(error))
+        # Where rows point now is what counts: a row may have been left alone.
+        self._marks.add_bases(self._rebased.bases if dry else {})
+        self._report.problems += self._rebased.problems
+        self._report.reencoded = len(self._rebased.bases)
+        self._report.freed -= self._rebased.added
+        self._report.disk -= self._rebased.added + TRAILER_BYTES * self._rebased.packs
 
     def _recent(self, snapshot: Snapshot) -> set[ObjectId]:
         """Commits that log entries inside the undo window name, as far as they are still stored."""
@@ -215,6 +242,10 @@ class _Collection:
 
     def _is_dead(self, id: ObjectId) -> bool:
         return id not in self._marks
+
+    def _leaves(self, id: ObjectId) -> bool:
+        """Whether a dry run's rows leave their pack: deleted, or pointed at a new record."""
+        return self._is_dead(id) or id in self._rebased.bases
 
     def delete(self) -> None:
         """Delete the rows that are not marked, in bounded transactions.
@@ -316,7 +347,7 @@ class _Collection:
             dead = sum(1 for _ in self._marks.rows.unmarked(kind))
             self._report.records += dead
             self._report.commits += dead if kind == COMMITS else 0
-        used = compaction.usage(self._store, self._is_dead)
+        used = compaction.usage(self._store, self._leaves)
         for name in _unused(used):
             self._count([name], used)
         for group in _groups(used):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 from ckptvcs.errors import CorruptionError
@@ -171,10 +171,18 @@ class Marks:
         else:
             self.rows.mark(place, marks)
 
-    def add(self, reader: Reader, roots: Iterable[ObjectId], within: Snapshot | None = None) -> None:
+    def add(
+        self,
+        reader: Reader,
+        roots: Iterable[ObjectId],
+        within: Snapshot | None = None,
+        *,
+        bases: bool = True,
+    ) -> None:
         """Mark what commits reach, delta bases included, in short read transactions or within one.
 
-        CorruptionError if something is missing or cannot be read.
+        Without `bases` those are left for `add_bases`. CorruptionError if something is missing or cannot be
+        read.
         """
         waiting = _Waiting(roots)
         while (taken := waiting.take()) is not None:
@@ -191,7 +199,7 @@ class Marks:
             for id in now:
                 row = rows[id]
                 self._mark(id, row, _WHOLE)
-                if row.base is not None:
+                if row.base is not None and bases:
                     waiting.whole[Kind.CHUNK].append(row.base)
             if kind is Kind.CHUNK or not now:
                 continue
@@ -203,6 +211,19 @@ class Marks:
                 if found.alone:
                     for tree, row in self._looked_up(Kind.TREE, found.alone, within).items():
                         self._mark(tree, row, _ALONE)
+
+    def add_bases(self, instead: Mapping[ObjectId, ObjectId | None]) -> None:
+        """Mark the bases of what is marked, and theirs; some chunks have other ones `instead`."""
+        for part in slices(self._store):
+            with self._store.snapshot() as snapshot:
+                for id, row in part:
+                    while row.base is not None and id in self:
+                        base = instead.get(id, row.base)
+                        if base is None or base in self:
+                            break
+                        (row,) = self._looked_up(Kind.CHUNK, [base], snapshot).values()
+                        self._mark(base, row, _WHOLE)
+                        id = base
 
     def _looked_up(
         self, kind: Kind, ids: Collection[ObjectId], within: Snapshot | None

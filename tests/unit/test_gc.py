@@ -107,13 +107,19 @@ def pack_per_component(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ckptvcs.store.writer._SECTION_BYTES", 1)
 
 
-def collect(repo: Repo, grace: float | None = 0) -> gc.Report:
+def collect(repo: Repo, grace: float | None = 0, *, rebase: bool = False) -> gc.Report:
     """A dry run, which must change nothing, then the run; what was announced must be what happened."""
+
+    def run(dry_run: bool) -> gc.Report:
+        if not rebase:
+            return repo.gc(grace=grace, dry_run=dry_run)
+        return gc.collect(repo._store, grace=grace or 0, dry_run=dry_run, who="me", rebase=True)
+
     before, index = pack_bytes(repo), rows(repo)
-    announced = repo.gc(grace=grace, dry_run=True)
+    announced = run(True)
     assert pack_bytes(repo) == before
     assert rows(repo) == index
-    done = repo.gc(grace=grace)
+    done = run(False)
     assert replace(done, dry_run=True) == announced
     assert before - pack_bytes(repo) == done.disk
     assert len(index) - len(rows(repo)) == done.records
@@ -309,6 +315,45 @@ def test_what_a_drop_does_not_explain_is_damage(repo: Repo) -> None:
     assert problem.commits == (str(first.id),)
     with pytest.raises(CorruptionError):
         repo.gc(grace=0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bases_that_nothing_needs_go_when_asked(tmp_path: Path, seed: int) -> None:
+    """Random trainings with drops: afterwards no chunk is stored that no live commit holds, each chain of
+    bases is as short as before, and what was announced is what is freed, to the byte."""
+    chance = random.Random(f"rebase {seed}")
+    numbers = np.random.default_rng(seed)
+    with Repo.init(tmp_path / "r", compression=chance.choice(["balanced", "small"])) as repo:
+        weights = {n: numbers.standard_normal(9000).astype(np.float32) for n in range(3)}
+        made: list[Commit] = []
+        states: dict[ObjectId, dict[str, Any]] = {}
+        live: dict[ObjectId, set[str]] = {}
+        handle = repo.on("main")
+        reencoded = 0
+        for step in range(14):
+            n = chance.randrange(3)
+            weights[n] = weights[n] + numbers.standard_normal(9000).astype(np.float32) * np.float32(1e-4)
+            state = {f"p{n}": array for n, array in weights.items()}
+            made.append(handle.commit(state, step=step))
+            states[made[-1].id], live[made[-1].id] = state, set(state)
+            if step % 4 == 3 or step == 13:
+                for commit in chance.sample(made[:-1], min(len(made) - 1, 3)):
+                    names = chance.choice([(), ("p0",), ("p1", "p2")])
+                    drop(repo, commit, *names)
+                    live[commit.id] -= set(names or states[commit.id])
+                depths = {id: row.depth for id, row in rows(repo).items()}
+                reencoded += collect(repo, rebase=chance.random() < 0.8 or step == 13).reencoded
+                assert all(row.depth <= depths[id] for id, row in rows(repo).items())
+        for commit in made:
+            kept = {name: states[commit.id][name] for name in sorted(live[commit.id])}
+            if kept:
+                exact(repo.checkout(commit, only=list(kept)), kept)
+        assert chunks(repo) == {
+            chunk_id(states[id][n].data.cast("B")) for id, names in live.items() for n in names
+        }
+        assert repo.fsck(full=True).ok
+        assert collect(repo, rebase=True).records == 0
+        assert reencoded > 0
 
 
 def test_only_a_dry_run_assumes_drops(repo: Repo) -> None:
