@@ -452,6 +452,7 @@ class Committer:
                         self.held = id, held
             tallies = writer.tallies
         opened.store.catch_up_journal()
+        opened.merge_small_packs()
         if not won:
             raise self._lost_race(ref, lost, beside)
         components = {

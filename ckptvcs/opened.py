@@ -15,6 +15,7 @@ from ckptvcs.store import Store
 if TYPE_CHECKING:
     from ckptvcs.background import Background
     from ckptvcs.committing import Committer
+    from ckptvcs.maintenance.merging import Merger
 
 
 class Opened:
@@ -39,9 +40,18 @@ class Opened:
         self.history = History(store)
         self.committers: list[Committer] = []
         self.background: Background | None = None
+        self._merger: Merger | None = None
         self._author = author
         self._mutex = ThreadLock()
         self.config = self.read_config()
+
+    def merge_small_packs(self) -> None:
+        """What follows a commit now and then, so that packs do not become as many as commits."""
+        if self._merger is None:
+            from ckptvcs.maintenance.merging import Merger
+
+            self._merger = Merger(self.store)
+        self._merger.after_commit()
 
     @property
     def folder(self) -> Path:
