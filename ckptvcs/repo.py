@@ -40,6 +40,7 @@ from ckptvcs.store.format import FOLDER
 if TYPE_CHECKING:
     from ckptvcs import importing
     from ckptvcs.background import PendingCommit
+    from ckptvcs.history.deleted import Deleted
     from ckptvcs.maintenance import fsck, gc
     from ckptvcs.maintenance.reach import Reach
     from ckptvcs.runs import Run
@@ -977,6 +978,28 @@ class Repo:
     def delete_tag(self, name: str, force: bool = False) -> ObjectId:
         """Delete a tag; like `delete_branch`."""
         return self._delete_ref(refs.tag_ref(name), force, "tag")
+
+    def undelete(self, name: str) -> ObjectId:
+        """Bring back a branch, a tag or `lost/...` that was deleted, where it was; returns the commit's id.
+
+        A branch's fork point, overrides and run status come back with it. Durable on return. NotFoundError
+        (code "collected") if gc has freed it, ExistsError if there is one of this name again.
+        """
+        from ckptvcs.history import deleted
+
+        with self._store.snapshot() as snapshot:
+            found = deleted.choose(snapshot, name)
+        if not self.record(found.operations(), f"undelete {found.what}: {found.name}"):
+            raise ExistsError(f"{name} is there again", hint="`ckpt reflog` shows where it stood before")
+        return found.commit
+
+    def deleted(self) -> list[Deleted]:
+        """Branches, tags and lost commits that were deleted, newest first: those that `undelete` brings back,
+        and (not `stored`) those that gc has collected."""
+        from ckptvcs.history import deleted
+
+        with self._store.snapshot() as snapshot:
+            return deleted.deleted(snapshot)
 
     def _delete_ref(self, ref: str, force: bool, what: str) -> ObjectId:
         opened = self._open()

@@ -28,6 +28,7 @@ VERBS = {
     "branch": "refs",
     "switch": "refs",
     "tag": "refs",
+    "undelete": "refs",
     "fork": "experiments",
     "sweep": "experiments",
     "runs": "experiments",

@@ -9,6 +9,7 @@ from ckptvcs.cli import output
 
 if TYPE_CHECKING:
     from ckptvcs.history.commit import Commit, CommitReport
+    from ckptvcs.history.deleted import Deleted
     from ckptvcs.ids import ObjectId
     from ckptvcs.importing import ImportReport
     from ckptvcs.repo import Repo
@@ -213,6 +214,17 @@ def _side_shape(side: Any) -> Any:
         return {"dtype": side.dtype, "shape": list(side.shape), "bytes": side.nbytes}
     plain = side is None or isinstance(side, (bool, int, float, str))
     return side if plain else None
+
+
+def deleted_shape(found: Deleted) -> dict[str, Any]:
+    """A ref that was deleted and can be brought back."""
+    return {
+        "name": found.name,
+        "ref": found.ref,
+        "kind": found.what,
+        "commit": str(found.commit),
+        "time": output.iso(found.time),
+    }
 
 
 def log_shape(entry: LogEntry) -> dict[str, Any]:

@@ -125,3 +125,18 @@ def test_tag(files: Path) -> None:
         }
         assert f"`ckpt tag v1 {first.short}`" in ckpt(files, "tag", "-d", "v1").out
         assert repo.tags() == {}
+
+
+def test_undelete(files: Path) -> None:
+    with Repo.open(files) as repo:
+        assert ckpt(files, "undelete").out == "Nothing that was deleted can be brought back.\n"
+        first = repo.resolve("main~1").id
+        repo.branch("old", "main~1")
+        repo.delete_branch("old", force=True)
+        (row,) = ckpt(files, "undelete", "--json").json["deleted"]
+        assert {row["name"], row["kind"], row["commit"]} == {"old", "branch", str(first)}
+        assert first.short in ckpt(files, "undelete").out
+        assert ckpt(files, "undelete", "old", "--json").json == {"name": "old", "commit": str(first)}
+        assert repo.branches()["old"] == first
+        assert "is there" in ckpt(files, "undelete", "old", code=2).err
+        assert "was deleted" in ckpt(files, "undelete", "nope", code=4).err

@@ -1,4 +1,4 @@
-"""branch, switch, tag."""
+"""branch, switch, tag, undelete."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 from ckptvcs.cli import output, session
 from ckptvcs.cli.exits import Exit
 from ckptvcs.cli.options import branch_argument, json_option, tag_argument
+from ckptvcs.cli.shapes import deleted_shape
 from ckptvcs.errors import CkptError, ExistsError, NotFoundError
 
 if TYPE_CHECKING:
@@ -91,6 +92,41 @@ def tag(names: tuple[str, ...], delete: bool, force: bool, as_json: bool) -> Exi
             output.data({"tags": rows})
         else:
             output.table([_text_row("", row) for row in rows], paints={1: {"fg": "yellow"}})
+    return Exit.DONE
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+def undelete(name: str | None, as_json: bool) -> Exit:
+    """Bring back a deleted branch, tag or lost commit.
+
+    Without NAME those that can be brought back are listed. gc keeps what was deleted for the setting
+    gc.grace (24h); what it has collected is gone.
+
+    \b
+    ckpt undelete
+    ckpt undelete lr3e-4
+    """
+    with session.opened() as repo:
+        if name is not None:
+            commit = repo.undelete(name)
+            if as_json:
+                output.data({"name": name, "commit": str(commit)})
+            else:
+                output.line(f"Brought {name} back at {commit.short}.")
+            return Exit.DONE
+        found = [each for each in repo.deleted() if each.stored]
+        if as_json:
+            output.data({"deleted": [deleted_shape(each) for each in found]})
+        elif not found:
+            output.line("Nothing that was deleted can be brought back.")
+        else:
+            rows = [
+                (each.name, each.commit.short, each.what, f"deleted {output.when(each.time)}")
+                for each in found
+            ]
+            output.table(rows, paints={1: {"fg": "yellow"}})
     return Exit.DONE
 
 
