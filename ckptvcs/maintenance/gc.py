@@ -38,6 +38,7 @@ _SLICE: Final = 10_000
 _AT_ONCE: Final = 64 << 20
 """Bytes of objects held in memory while marking."""
 _LOST_COMPARISONS: Final = 3
+_INGEST_WAIT: Final = 60.0
 _ORDER: Final = {Kind.COMMIT: 0, Kind.TREE: 1, Kind.CHUNK_LIST: 2, Kind.CHUNK: 3}
 
 
@@ -105,7 +106,9 @@ def collect(store: Store, *, grace: float, dry_run: bool, who: str) -> Report:
         # If the index were lost now, the journal must not bring back a ref whose deletion it missed.
         store.catch_up_journal(must=True)
         collection.sweep_packs()
-        collection.leftovers(remove=True)
+        # What is being ingested has its name already and no row yet.
+        with store.disk.lock(store.layout.packs_lock, wait=_INGEST_WAIT):
+            collection.leftovers(remove=True)
     return report
 
 

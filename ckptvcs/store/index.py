@@ -11,7 +11,8 @@ Rules taken from LMDB's own caveats:
 - A forked child closes its inherited copy (the binding frees without touching the shared reader table)
   and opens its own on first use. No spare read transactions are kept, since a fork would leak them.
 - Read transactions are short and results are copied out, so that free pages are never pinned.
-- The map is 64 GiB of address space from the start and never resized while open.
+- The map is 64 GiB of address space from the start and never resized while open. LMDB keeps its size in the
+  file, and each opening takes it from there; it is doubled under the repository's exclusive lock.
 - Rows carry a CRC, since LMDB 0.9 has no page checksums.
 """
 
@@ -331,6 +332,12 @@ class Change(Snapshot):
         """Forget a pack. Only after its file is gone."""
         self._delete("packs", name.key)
 
+    def clear(self, *tables: str) -> None:
+        """Empty whole tables: only for an index of one's own, filled anew in the same transaction."""
+        for table in tables:
+            for key in [key for key, _ in self._items(table)]:
+                self._delete(table, key)
+
     def bump_gc_seq(self) -> None:
         """Tell every writer that what it looked up may be gone."""
         self._set_number("gc_seq", self.gc_seq() + 1)
@@ -505,16 +512,7 @@ class Index:
             shared = _open.get(key) if key else None
             if shared is None:
                 with self._errors():
-                    env = lmdb.open(
-                        str(self.folder),
-                        map_size=MAP_SIZE,
-                        max_readers=1024,
-                        max_spare_txns=0,
-                        readahead=False,
-                        meminit=True,
-                        mode=0o644,
-                        **_LIBRARY,
-                    )
+                    env = self._environment(MAP_SIZE if create else 0)
                     try:
                         self._check_length(env)
                         env.reader_check()
@@ -526,6 +524,52 @@ class Index:
             shared.users += 1
             self._shared, self._process = shared, self._disk.process()
             return shared
+
+    def _environment(self, map_size: int) -> Any:
+        """The LMDB environment, with a map of this size; 0 takes the one that the file names."""
+        lock = self.folder / "lock.mdb"
+        self._disk.make_shared(lock)
+        env = lmdb.open(
+            str(self.folder),
+            map_size=map_size,
+            max_readers=1024,
+            max_spare_txns=0,
+            readahead=False,
+            meminit=True,
+            mode=0o644,
+            **_LIBRARY,
+        )
+        self._disk.adopt(self._data)
+        return env
+
+    @property
+    def nearly_full(self) -> bool:
+        """Whether half of the map is used."""
+        env = self._attach(create=False).env
+        info = env.info()
+        used, size = (info["last_pgno"] + 1) * env.stat()["psize"], int(info["map_size"])
+        return int(used) * 2 > size
+
+    @classmethod
+    def grow(cls, disk: Disk, folder: Path) -> None:
+        """Double the map. The caller holds the repository's lock exclusively, and no handle is open.
+
+        One transaction, durable on return: the size is part of what it writes.
+        """
+        index = cls(disk, folder)
+        with index._errors():
+            env = index._environment(0)
+            try:
+                size = env.info()["map_size"]
+            finally:
+                env.close()
+            env = index._environment(2 * size)
+            try:
+                with env.begin(write=True) as txn:
+                    Change(txn)._set_number("gc_seq", Snapshot(txn).gc_seq())
+            finally:
+                env.close()
+        disk.index_committed(index._data)
 
     def _check_length(self, env: Any) -> None:
         """A file cut short must be noticed before its missing pages are touched: that is a SIGBUS."""
@@ -590,7 +634,13 @@ class Index:
     def _explain(self, error: Exception) -> Exception:
         where, text = str(self.folder), str(error)
         if isinstance(error, lmdb.MapFullError):
-            return StorageError(f"the index {where} is full", path=where)
+            return StorageError(
+                f"the index {where} has used up its address space",
+                hint="close all handles and programs that use this repository, then open it again: its "
+                "address space is doubled then",
+                path=where,
+                code="index-full",
+            )
         if isinstance(error, lmdb.ReadersFullError):
             return LockedError(f"too many processes read the index {where} at once", hint="try again")
         if isinstance(error, lmdb.LockError) or "Resource temporarily unavailable" in text:
@@ -613,7 +663,8 @@ class Index:
             if refusal in text:
                 return StorageError(
                     f"cannot open the index {where}: {refusal.lower()}",
-                    hint="even reading needs write access to the repository's folder, for its locks",
+                    hint="its files belong to another user; `ckpt init --shared=group` makes a repository "
+                    "whose files a group shares",
                     path=where,
                 )
         full = "No space left" in text
