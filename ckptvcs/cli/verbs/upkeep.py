@@ -173,7 +173,7 @@ def config(key: str | None, value: str | None, unset: bool, as_json: bool) -> No
     """List the settings in force, show one, or set one.
 
     There are author, compression (fast, balanced, small), environment (true, false), gc.grace (0, 30m, 24h,
-    7d) and metric.NAME.mode (min, max).
+    7d), index.network (true, false), ingest (auto, manual) and metric.NAME.mode (min, max).
 
     \b
     ckpt config metric.bleu.mode max
