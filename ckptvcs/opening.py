@@ -114,7 +114,7 @@ def open_store(
     if not rebuild and (index_free or not disk.writable(root)):
         store = IndexFreeStore(root, disk, threads, writes=disk.writable(layout.incoming))
         try:
-            store.start()
+            store.start(copy=not index_free and disk.network(root) is None)
         except BaseException:
             store.close()
             raise

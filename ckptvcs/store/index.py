@@ -31,7 +31,7 @@ from typing import Any, Final, NamedTuple
 import lmdb
 
 from ckptvcs import canonical
-from ckptvcs.disk import Disk, in_forked_child
+from ckptvcs.disk import Disk, ReadFile, in_forked_child
 from ckptvcs.errors import CkptError, CorruptionError, FormatError, LockedError, NotFoundError, StorageError
 from ckptvcs.ids import ID_BYTES, Buffer, Kind, ObjectId
 from ckptvcs.store.format import DAMAGED, HAS_BASE, MAX_STORED, Entry, PackName, largest, record_bytes
@@ -571,6 +571,30 @@ class Index:
                 env.close()
         disk.index_committed(index._data)
 
+    @classmethod
+    def copied(cls, disk: Disk, folder: Path, to: Path, index_id: str) -> Index | None:
+        """A copy of the index with this id, to look at without its locks; None if there is none, or if its
+        writers leave no time for it. Only on a local file system.
+
+        LMDB never writes to a page that its last two transactions can see, and says which one is the last in
+        the file's first two pages. So what was read between two equal looks at them holds that transaction.
+        """
+        for _ in range(_COPIES):
+            try:
+                with disk.open(folder / "data.mdb") as source:
+                    before = _meta_pages(source)
+                    with disk.create(to / "data.mdb") as target:
+                        while part := source.read(target.size, _PIECE):
+                            target.write([part])
+                    if _meta_pages(source) == before:
+                        return cls.open(disk, to, index_id)
+                disk.remove(to / "data.mdb")
+            except (CkptError, FileNotFoundError):
+                for name in disk.names(to):
+                    disk.remove(to / name)
+                return None
+        return None
+
     def _check_length(self, env: Any) -> None:
         """A file cut short must be noticed before its missing pages are touched: that is a SIGBUS."""
         needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
@@ -635,7 +659,7 @@ class Index:
         where, text = str(self.folder), str(error)
         if isinstance(error, lmdb.MapFullError):
             return StorageError(
-                f"the index {where} has used up its address space",
+                f"the index {where} is full: its address space is used up",
                 hint="close all handles and programs that use this repository, then open it again: its "
                 "address space is doubled then",
                 path=where,
@@ -680,6 +704,19 @@ class Index:
                 code="disk-full",
             )
         return StorageError(f"the index {where} failed: {text}", path=where)
+
+
+_COPIES: Final = 10
+_PIECE: Final = 8 << 20
+_PAGE_SIZE_AT: Final = 40
+"""Where LMDB 0.9 keeps the size of its pages: in the first one, behind header, magic, version, address and
+map size."""
+
+
+def _meta_pages(file: ReadFile) -> bytes:
+    """The first two pages, which name the last transaction."""
+    size = int.from_bytes(file.read(_PAGE_SIZE_AT, 4), "little")
+    return file.read(0, 2 * size if 512 <= size <= 1 << 16 else 1 << 17)
 
 
 _LIBRARY: Final[dict[str, Any]] = {"lib_version": 0} if lmdb.__version__ >= "3" else {}

@@ -143,8 +143,11 @@ class IndexFreeStore(Store):
 
     # -- life ------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Open: make the index from what is there. A process that changes the format is waited for."""
+    def start(self, *, copy: bool = False) -> None:
+        """Open: make the index from what is there. A process that changes the format is waited for.
+
+        With `copy` the shared index is copied, if there is one: faster, and only for local file systems.
+        """
         self._read_format()
         self.disk.share(self.layout.root)
         with contextlib.ExitStack() as stack:
@@ -155,7 +158,15 @@ class IndexFreeStore(Store):
             self._scratch = new_scratch_folder()
             self.layout = _Layout(self.layout.root, self._scratch)
             self.disk.make_dir(self.layout.meta)
-            self._index = Index.create(self.disk, self.layout.meta, self.format.index)
+            shared = Layout(self.layout.root)
+            if copy:
+                self._index = Index.copied(self.disk, shared.meta, self.layout.meta, self.format.index)
+            if self._index is not None:
+                with self._index.snapshot() as snapshot:
+                    self.layout.places = {name: shared.pack(name) for name in snapshot.packs()}
+                self._seen = (self._journal_size(), ())
+            else:
+                self._index = Index.create(self.disk, self.layout.meta, self.format.index)
             self.refresh()
 
     @property
@@ -192,8 +203,7 @@ class IndexFreeStore(Store):
         places = {name: layout.incoming / f"{name.text}.pack" for name in arriving}
         here = Layout(layout.root)
         places |= {name: here.pack(name) for name in pack_names(disk, here)}
-        length = disk.size(layout.journal) if disk.exists(layout.journal) else 0
-        seen = (length, tuple(each.name for each in coming))
+        seen = (self._journal_size(), tuple(each.name for each in coming))
         before = layout.places
         layout.places = places
         if places.keys() == before.keys() and seen == self._seen:
@@ -212,6 +222,9 @@ class IndexFreeStore(Store):
                 for each in coming:
                     _foresee(change, each)
         self._seen = seen
+
+    def _journal_size(self) -> int:
+        return self.disk.size(self.layout.journal) if self.disk.exists(self.layout.journal) else 0
 
     def _add(self, change: Change, names: Sequence[PackName]) -> None:
         made: dict[ObjectId, Made] = {}
@@ -240,7 +253,8 @@ class IndexFreeStore(Store):
         self.format.check(work)
         if work != "read" and not self._writes:
             raise StorageError(
-                f"{self.layout.root.parent} is open for reading only: this user may not write there",
+                f"permission denied: {self.layout.root.parent} is open for reading only, since it cannot be "
+                "written to here",
                 hint="ask its owner for write permission (`ckpt init --shared=group` makes one for a group)",
                 path=str(self.layout.root),
                 code="read-only",

@@ -156,7 +156,9 @@ def test_bundles() -> None:
     name = layouts.PackName(bytes(16), 2)
     made = bundles.Bundle(name, str(uuid.UUID(int=0)), id, "", None, False, (), None, None, (), 0, "", "")
     data = made.pack()
-    keys = [key.strip("`") for row in pages.table(PAGE, "A bundle has at most") for key in row[0].split(", ")]
+    keys = [
+        key.strip("`") for row in pages.table(PAGE, "### The map of a bundle") for key in row[0].split(", ")
+    ]
     assert list(canonical.decode(data[12:-16])) == keys
     section = TEXT[TEXT.index("\n## Bundles\n") : TEXT.index("\n## Ingest\n")]
     assert " ".join(f"{byte:02X}" for byte in data[:8]) in section

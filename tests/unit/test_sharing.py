@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import pytest
 from ckptvcs import Repo
 from ckptvcs.disk import Disk, _mounted_type
 from ckptvcs.errors import CkptError, InvalidError, LockedError, StorageError
+from ckptvcs.store import Move
+from ckptvcs.store.index import Index
 from ckptvcs.store.index_free import IndexFreeStore
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user or mount")
@@ -265,6 +268,65 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         assert repo.checkout()["a"] == 1
         with pytest.raises(StorageError, match="reading only"):
             repo.commit({"a": 2}, "two")
+
+
+def test_reading_without_an_index_to_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is missing, another repository's, or damaged: packs and journal have it all."""
+    with Repo.init(tmp_path / "other"):
+        pass
+    with Repo.init(tmp_path / "runs") as repo:
+        repo.commit({"a": 1}, "one")
+    meta = tmp_path / "runs" / ".ckpt" / "meta"
+    monkeypatch.setattr(Disk, "writable", lambda *_: False)
+    foreign = (tmp_path / "other" / ".ckpt" / "meta" / "data.mdb").read_bytes()
+    for content in (foreign, foreign[:4096], b"", bytes(20_000), None):
+        if content is None:
+            (meta / "data.mdb").unlink()
+        else:
+            (meta / "data.mdb").write_bytes(content)
+        with Repo.open(tmp_path / "runs") as repo:
+            assert [commit.message for commit in repo.log()] == ["one"]
+            assert repo.fsck(full=True).ok
+
+
+def test_copies_of_an_index_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every copy is that of one transaction."""
+    with Repo.init(tmp_path) as repo:
+        first = repo.commit({"a": 1}, "one")
+        stop = threading.Event()
+
+        def keep_moving() -> None:
+            writer = repo.on("main")
+            number = 0
+            while not stop.is_set():
+                names = [f"{n}-{number}" for n in range(20)]
+                moves = [Move(f"refs/tags/{name}", None, first.id) for name in names]
+                old = [Move(f"refs/tags/{n}-{number - 1}", first.id, None) for n in range(20) if number]
+                assert writer.record([*moves, *old], "move")
+                number += 1
+
+        thread = threading.Thread(target=keep_moving)
+        thread.start()
+        copies = 0
+        try:
+            for number in range(40):
+                to = tmp_path / f"copy{number}"
+                to.mkdir()
+                meta, index_id = tmp_path / ".ckpt" / "meta", repo._store.format.index
+                index = Index.copied(Disk(), meta, to, index_id)
+                if index is None:
+                    continue
+                copies += 1
+                with index.snapshot() as snapshot:
+                    tags = {name.rpartition("-")[2] for name in snapshot.refs("refs/tags/")}
+                    assert len(tags) <= 1
+                    assert len(snapshot.refs("refs/tags/")) == 20 * len(tags)
+                    assert len(list(snapshot.log())) == snapshot.position()
+                index.close()
+        finally:
+            stop.set()
+            thread.join()
+        assert copies > 0
 
 
 # -- network file systems -------------------------------------------------------------------------
