@@ -350,6 +350,13 @@ class Disk:
         """Whether the path is a regular file, itself or through links."""
         return path.is_file()
 
+    def is_plain_file(self, path: Path) -> bool:
+        """Whether the path itself is a regular file: no link, no pipe, nothing else."""
+        try:
+            return stat.S_ISREG(os.lstat(path).st_mode)
+        except OSError:
+            return False
+
     def size(self, path: Path) -> int:
         """Bytes in the file. FileNotFoundError if it is not there."""
         with translated("look at", path):

@@ -125,7 +125,11 @@ def open_store(
 
 
 def refuse_network(disk: Disk, place: Path) -> None:
-    """StorageError (code "network") if a path is on a network file system, which LMDB must not be on."""
+    """StorageError (code "network") if a path is, or will be, on a network file system, which LMDB must not
+    be on."""
+    place = place.resolve()
+    while not disk.exists(place):
+        place = place.parent
     kind = disk.network(place)
     if kind is not None:
         raise StorageError(

@@ -155,11 +155,11 @@ class Repo:
         environ = Environment()
         disk = Disk()
         folder = Path(path)
-        make_folders(disk, folder, mode)
         if network:
             level += "index.network = true\n"
         else:
             refuse_network(disk, folder)
+        make_folders(disk, folder, mode)
         store = Store.create(
             folder.resolve() / FOLDER,
             disk,

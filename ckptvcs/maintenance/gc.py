@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ckptvcs.errors import CorruptionError
+from ckptvcs.errors import CorruptionError, LockedError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.store import Move, Pin, Reader, Row, Snapshot, Store, Target
 from ckptvcs.store.format import PACK_LIMIT, TRAILER_BYTES, PackName, unpack_object
@@ -106,8 +106,11 @@ def collect(store: Store, *, grace: float, dry_run: bool, who: str) -> Report:
         # If the index were lost now, the journal must not bring back a ref whose deletion it missed.
         store.catch_up_journal(must=True)
         collection.sweep_packs()
-        # What is being ingested has its name already and no row yet.
-        with store.disk.lock(store.layout.packs_lock, wait=_INGEST_WAIT):
+        # What is being ingested has its name already and no row yet. Strays can wait for the next run.
+        with (
+            contextlib.suppress(LockedError),
+            store.disk.lock(store.layout.packs_lock, wait=_INGEST_WAIT),
+        ):
             collection.leftovers(remove=True)
     return report
 

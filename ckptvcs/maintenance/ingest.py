@@ -334,9 +334,9 @@ class _Ingestion:
     def _found(self, pack: BundledPack) -> Path:
         """Where a pack of a bundle is: in `incoming/`, or already placed by an ingester that died."""
         for path in (self._arrived(pack.name), self._layout.pack(pack.name)):
-            with contextlib.suppress(FileNotFoundError):
-                if self._disk.size(path) == pack.size:
-                    return path
+            # A link may lead anywhere, and elsewhere later.
+            if self._disk.is_plain_file(path) and self._disk.size(path) == pack.size:
+                return path
         raise _RefusedError(f"its pack {pack.name.text} is missing or cut short")
 
     # -- entering --------------------------------------------------------------------------------

@@ -200,7 +200,11 @@ def _plain(value: Any) -> dict[str, Any]:
 
 def waiting(disk: Disk, layout: Layout) -> list[str]:
     """The file names of bundles in `incoming/`, in name order."""
-    return [name for name in disk.names(layout.incoming) if bundle_name(name) is not None]
+    return [
+        name
+        for name in disk.names(layout.incoming)
+        if bundle_name(name) is not None and disk.is_plain_file(layout.incoming / name)
+    ]
 
 
 def bundle_name(file_name: str) -> PackName | None:

@@ -138,8 +138,9 @@ class IndexFreeStore(Store):
         self._home = disk.process()
         self._writes = writes
         self._lease = _NoLease(disk, self.layout)
-        self._broken: set[PackName] = set()
-        self._seen: tuple[object, ...] = ()
+        self._bundles: dict[str, Bundle] = {}
+        self._seen: tuple[int, tuple[PackName, ...]] = (-1, ())
+        """The length of the journal, and the bundles."""
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -197,8 +198,7 @@ class IndexFreeStore(Store):
         """Look again: packs that came and went, the journal, and bundles that wait."""
         disk, layout = self.disk, self.layout
         # In this order: what is ingested meanwhile is in the journal and in `packs/` before it leaves here.
-        coming = bundles.in_order(bundles.readable(disk, layout))
-        coming = [each for each in coming if each.repository == self.format.repository]
+        coming = self._coming()
         arriving = [pack.name for each in coming for pack in each.packs]
         places = {name: layout.incoming / f"{name.text}.pack" for name in arriving}
         here = Layout(layout.root)
@@ -215,13 +215,27 @@ class IndexFreeStore(Store):
                 change.bump_gc_seq()
                 before = {}
             self._add(change, sorted(places.keys() - before.keys()))
-            if seen != self._seen:
+            known = set(self._seen[1])
+            if seen[0] != self._seen[0] or not known <= set(seen[1]):
                 change.clear(*_TABLES)
                 for entry in self._journal.entries() if disk.exists(layout.journal) else ():
                     change.apply(entry)
-                for each in coming:
+                known = set()
+            for each in coming:
+                if each.name not in known:
                     _foresee(change, each)
         self._seen = seen
+
+    def _coming(self) -> list[Bundle]:
+        """The bundles that wait, in order. Each is read once."""
+        there = bundles.waiting(self.disk, self.layout)
+        self._bundles = {name: each for name, each in self._bundles.items() if name in set(there)}
+        for name in there:
+            if name not in self._bundles:
+                with contextlib.suppress(FileNotFoundError, CkptError):  # whoever ingests will say why
+                    self._bundles[name] = bundles.read(self.disk, self.layout.incoming / name)
+        mine = [each for each in self._bundles.values() if each.repository == self.format.repository]
+        return bundles.in_order(mine)
 
     def _journal_size(self) -> int:
         return self.disk.size(self.layout.journal) if self.disk.exists(self.layout.journal) else 0
@@ -336,6 +350,6 @@ def _foresee(change: Change, bundle: Bundle) -> None:
         bundle.info,
         annotations=() if bundle.lost else bundle.annotations,
     )
-    if change.ref(bundle.ref) != bundle.root:
+    if bundle.root not in (change.ref(bundle.ref), change.ref(lost)):
         with contextlib.suppress(NotFoundError):
             enter(change, publication, (), {}, frozenset())

@@ -7,6 +7,8 @@ import dataclasses
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -273,6 +275,46 @@ def test_the_environment_asks_for_it(folder: Path, monkeypatch: pytest.MonkeyPat
         Repo.open(folder)
 
 
+TRAINING = """
+import os, signal, sys
+import numpy as np
+from ckptvcs import Repo
+from ckptvcs.training import Autosave
+
+with Repo.open(sys.argv[1], "job") as repo:
+    state = {"w": np.zeros(5_000), "step": 0}
+    repo.restore(state)
+    with Autosave(repo, state, every=2) as autosave:
+        while state["step"] < 9:
+            state["step"] += 1
+            state["w"] += state["step"]
+            autosave.step(state["step"], {"val_loss": 1 / state["step"]})
+            if state["step"] == int(sys.argv[2]):
+                autosave.wait()
+                os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_requeued_job_goes_on_without_the_index(tmp_path: Path) -> None:
+    """Killed twice; nothing is ingested before it is done, or everything, or nothing ever on that host."""
+    Repo.init(tmp_path).close()
+    environ = {**os.environ, "CKPT_INDEX_FREE": "1"}
+    for kill_at, ingested in ((4, False), (7, True), (0, True)):
+        script = [sys.executable, "-c", TRAINING, str(tmp_path), str(kill_at)]
+        done = subprocess.run(script, env=environ, capture_output=True, text=True, timeout=60)
+        assert done.returncode == (-9 if kill_at else 0), done.stderr
+        if ingested:
+            Repo.open(tmp_path).close()
+    with Repo.open(tmp_path, "job") as repo:
+        assert repo.lost() == {}
+        steps = [commit.step for commit in repo.log()]
+        assert steps == sorted(set(filter(None, steps)), reverse=True), "one line, nothing twice"
+        assert steps[0] == 9
+        assert np.array_equal(repo.checkout()["w"], np.full(5_000, 45.0))
+        assert all(commit.origin == (*commit.parents, None)[0] for commit in repo.log())
+        assert repo.fsck(full=True).problems == []
+
+
 def test_a_fork_has_a_writer_of_its_own(folder: Path) -> None:
     with no_index(folder) as repo:
         child = os.fork()
@@ -435,6 +477,24 @@ def test_what_was_collected_meanwhile_is_put_aside(folder: Path) -> None:
         # The bytes are kept: whoever brings the base back can have them.
         place = folder / ".ckpt" / "quarantine" / f"{aside.bundle}.bundle"
         assert sorted(path.suffix for path in place.iterdir()) == [".bundle", ".pack", ".txt"]
+
+
+def test_only_plain_files_are_taken_up(folder: Path) -> None:
+    """A pipe would be waited for, and a link leads to what may change later."""
+    with no_index(folder) as repo:
+        repo.commit(state(1), "one")
+    place = folder / ".ckpt" / "incoming"
+    os.mkfifo(place / f"{uuid.uuid4()}-1.bundle")
+    (place / f"{uuid.uuid4()}-1.bundle").symlink_to("/etc/passwd")
+    (pack,) = place.glob("*.pack")
+    pack.rename(folder / "elsewhere")
+    pack.symlink_to(folder / "elsewhere")
+    with Repo.open(folder, ingest=False) as repo:
+        (aside,) = repo.ingest().quarantined
+        assert "missing or cut short" in aside.why
+        assert repo.fsck(full=True).problems == []
+    with no_index(folder) as repo:
+        assert messages(repo) == ["first"]
 
 
 @pytest.mark.parametrize("stage", ["placed", "entered"])

@@ -380,7 +380,7 @@ def test_the_index_is_not_used_over_a_network(
             refused()
         assert caught.value.code == "network"
         assert "CKPT_INDEX_FREE" in (caught.value.hint or "")
-    assert not (tmp_path / "new" / ".ckpt").exists()
+    assert not (tmp_path / "new").exists()
     # Jobs commit there without it.
     with Repo.open(tmp_path / "before", index_free=True) as repo:
         repo.commit({"a": 1}, "one")
