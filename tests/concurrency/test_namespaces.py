@@ -45,6 +45,7 @@ def namespaces() -> None:
         pytest.skip("this user may not make PID namespaces")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("namespaces")
 def test_two_committers_that_are_both_process_1(tmp_path: Path) -> None:
     """While the host, whose processes have other numbers, has the index open and collects."""

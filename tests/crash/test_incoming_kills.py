@@ -12,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ckptvcs import Repo
+
+pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("CKPT_TEST_KILLS", "5"))
 SEED = int(os.environ.get("CKPT_TEST_SEED", "20261125"))
