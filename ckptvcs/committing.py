@@ -161,7 +161,7 @@ class Committer:
         commits.plain_metrics(metrics)
         commits.plain_config(config)
         store = self._open().store
-        store.format.check("write")
+        store.check("write")
         self.wait()
         with self.mutex:
             self._lineage()
@@ -283,7 +283,7 @@ class Committer:
             raise InvalidError(f"when_busy is {when_busy!r}", hint="'wait' or 'skip'")
         fields = self._fields(message, step, epoch, metrics, config, circumstances)
         is_frozen = matcher(frozen) if frozen else None
-        store.format.check("write")
+        store.check("write")
 
         def prepare() -> tuple[state_trees.Prepared, dict[str, Any]]:
             self._open()  # another thread may have closed it while this one waited for its turn
@@ -298,6 +298,7 @@ class Committer:
             attached = None if files is None else file_trees.attached(store.disk, files)
             return state_trees.prepare(store.grid, state, attached, is_frozen), {
                 "folder": str(self._opened.folder),
+                "index_free": self._opened.index_free,
                 "branch": self.branch,
                 "ref": ref,
                 "tip": self.tip and bytes(self.tip),
@@ -335,6 +336,7 @@ class Committer:
                 made = commit_of(answer, fields)
             except CkptError as error:
                 problem = error
+        self._opened.store.refresh()
         if made is None:
             # Like `commit` after an interruption: what became durable is where this handle stands.
             _, tip = self.head()
@@ -419,7 +421,7 @@ class Committer:
         ref, parents = self._lineage()
         if self.taken is not None:
             self.taken.check()  # and again when the refs move; nothing need be hashed to find it gone
-        with opened.store.writer(self._opened.level) as writer:
+        with opened.store.writer(self._opened.level, parents[0] if parents else None) as writer:
             tree, sizes, held = write(writer, self._bases(parents))
             writer.section("")
             fields = {"time": opened.store.disk.now_ns()} | fields

@@ -6,6 +6,8 @@ may know them); a known key with an impossible value is an error that names it.
     author = "name"            who commits; CKPT_AUTHOR comes first, login@host last
     compression = "balanced"   fast, balanced or small
     environment = true         record library versions, code revision, host and command line
+    index.network = false      use the index on a network file system; one host alone may then
+    ingest = "auto"            take bundles up when the repository is opened, or "manual": by `ckpt ingest`
     gc.grace = "24h"           how long gc keeps what nothing refers to any more
     metric.NAME.mode = "min"   whether small or large values of NAME are better
 """
@@ -24,6 +26,8 @@ from ckptvcs.errors import InvalidError
 
 COMPRESSION_LEVELS: Final = ("fast", "balanced", "small")
 _MODES: Final = ("min", "max")
+_SWITCHES: Final = ("environment", "index.network")
+_INGEST: Final = ("auto", "manual")
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(|s|m|min|h|d|w)\Z")
 
@@ -120,12 +124,22 @@ class Config:
         return text_now
 
 
-KNOWN: Final = ("author", "compression", "environment", "gc.grace", "metric.NAME.mode")
+KNOWN: Final = (
+    "author",
+    "compression",
+    "environment",
+    "gc.grace",
+    "index.network",
+    "ingest",
+    "metric.NAME.mode",
+)
 _DEFAULTS: Final[dict[str, Any]] = {
     "author": None,
     "compression": "balanced",
     "environment": True,
     "gc.grace": "24h",
+    "index.network": False,
+    "ingest": "auto",
 }
 
 
@@ -148,7 +162,9 @@ def checked(key: str, value: Any, where: str) -> Any:
         return value
     if key == "compression" and value in COMPRESSION_LEVELS:
         return value
-    if key == "environment" and isinstance(value, bool):
+    if key in _SWITCHES and isinstance(value, bool):
+        return value
+    if key == "ingest" and value in _INGEST:
         return value
     if key == "gc.grace":
         with contextlib.suppress(InvalidError):
@@ -160,6 +176,8 @@ def checked(key: str, value: Any, where: str) -> Any:
         "author": "a name",
         "compression": ", ".join(COMPRESSION_LEVELS),
         "environment": "true or false",
+        "index.network": "true or false",
+        "ingest": " or ".join(_INGEST),
         "gc.grace": "a duration, as in 0, 30m, 24h or 7d",
     }.get(key, " or ".join(_MODES))
     place = "" if where == key else f"{where}: "
@@ -167,7 +185,7 @@ def checked(key: str, value: Any, where: str) -> Any:
 
 
 def _value_of(key: str, text: str) -> Any:
-    if key == "environment":
+    if key in _SWITCHES:
         return {"true": True, "false": False}.get(text.lower(), text)
     return text
 

@@ -269,7 +269,58 @@ in_forked_child(_drop_locks_in_child)
 
 
 class Disk:
-    """The real file system. Stateless; tests pass a subclass that records or fails."""
+    """The real file system. Tests pass a subclass that records or fails.
+
+    All it remembers is the folder that several users share (`share`). What is made below gets the modes that
+    follow from the folder's own, whatever the umask.
+    """
+
+    _shared: tuple[Path, int] | None = None
+
+    # -- sharing ---------------------------------------------------------------------------------
+
+    def share(self, folder: Path, mode: int | None = None) -> None:
+        """Treat a folder, and what is made below from now on, as its mode says.
+
+        A folder with the setgid bit is shared: folders below get its mode, files the same without the right
+        to enter. `mode` sets the mode first. Without the bit, umask and process decide as ever.
+        """
+        with translated("set the permissions of", folder):
+            if mode is not None:
+                os.chmod(folder, mode)
+            found = stat.S_IMODE(os.stat(folder).st_mode)
+        self._shared = (folder, found) if found & stat.S_ISGID else None
+
+    def adopt(self, path: Path) -> None:
+        """Give a file or folder that this process's user made the mode it has in a shared folder. Nothing if
+        it is not there, is somebody else's, or lies elsewhere."""
+        mode = self._mode(path)
+        if mode is None:
+            return
+        with translated("set the permissions of", path), contextlib.suppress(FileNotFoundError):
+            found = os.lstat(path)
+            if stat.S_ISREG(found.st_mode):
+                mode &= 0o666
+            if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) != mode:
+                os.chmod(path, mode)
+
+    def make_shared(self, path: Path) -> None:
+        """In a shared folder, make an empty file with the right mode, if it is missing: whoever comes at the
+        same time finds none, or one that it may open. Elsewhere nothing."""
+        if self._mode(path) is None or self.exists(path):
+            return
+        temporary = path.with_name(f"{path.name}.{random_name()}.tmp")
+        with self.create(temporary):
+            pass
+        with contextlib.suppress(FileExistsError):
+            self.link(temporary, path)
+        self.remove(temporary)
+
+    def _mode(self, path: Path) -> int | None:
+        """The mode of folders where a path lies, if that is shared."""
+        if self._shared is None or not path.is_relative_to(self._shared[0]):
+            return None
+        return self._shared[1]
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -299,6 +350,13 @@ class Disk:
         """Whether the path is a regular file, itself or through links."""
         return path.is_file()
 
+    def is_plain_file(self, path: Path) -> bool:
+        """Whether the path itself is a regular file: no link, no pipe, nothing else."""
+        try:
+            return stat.S_ISREG(os.lstat(path).st_mode)
+        except OSError:
+            return False
+
     def size(self, path: Path) -> int:
         """Bytes in the file. FileNotFoundError if it is not there."""
         with translated("look at", path):
@@ -318,6 +376,24 @@ class Disk:
             space = os.statvfs(path)
             return space.f_bavail * space.f_frsize
 
+    def modified_ns(self, path: Path) -> int:
+        """When the file was last written, in UTC nanoseconds by its file system's clock."""
+        with translated("look at", path):
+            return os.stat(path).st_mtime_ns
+
+    def network(self, path: Path) -> str | None:
+        """The type of network file system that a path is on, as in 'nfs4'; None if it is on a local one.
+
+        Told from `/proc/self/mountinfo`; where there is none (macOS), every path passes for local.
+        """
+        try:
+            table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+            device = os.stat(path).st_dev
+        except OSError:
+            return None
+        kind = _mounted_type(table, f"{os.major(device)}:{os.minor(device)}", os.path.realpath(path))
+        return kind if kind is not None and _is_network(kind) else None
+
     def same_file(self, path: Path) -> tuple[int, int]:
         """(device, inode): what tells two paths to one file from two files."""
         with translated("look at", path):
@@ -332,7 +408,9 @@ class Disk:
 
     def create(self, path: Path, mode: int = 0o644) -> WriteFile:
         """A new file. FileExistsError if the name is taken."""
-        return WriteFile(path, create=True, mode=mode)
+        file = WriteFile(path, create=True, mode=mode)
+        self.adopt(path)
+        return file
 
     def append(self, path: Path) -> WriteFile:
         """An existing file for appending."""
@@ -342,6 +420,7 @@ class Disk:
         """A new folder; fine if it is there already. Not durable before `sync_dir` of its parent."""
         with translated("create", path), contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o755)
+            self.adopt(path)
 
     def publish(self, temporary: Path, final: Path) -> None:
         """Give a finished file its final name, never replacing one. FileExistsError if it is taken."""
@@ -358,6 +437,20 @@ class Disk:
                 os.rename(temporary, final)
             else:
                 os.unlink(temporary)
+
+    def link(self, existing: Path, new: Path) -> bool:
+        """Give a file a second name. False where that cannot be: other file systems, other people's files.
+
+        FileExistsError if the name is taken. Not durable before `sync_dir`.
+        """
+        with translated("publish", new):
+            try:
+                os.link(existing, new)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.EACCES):
+                    raise
+                return False
+        return True
 
     def replace(self, path: Path, data: Buffer) -> None:
         """Write a whole file so that a crash leaves the old or the new content. Durable on return."""
@@ -380,8 +473,9 @@ class Disk:
 
     def protect(self, path: Path) -> None:
         """Make a finished file read-only for everybody."""
+        mode = self._mode(path)
         with translated("protect", path):
-            os.chmod(path, 0o444)
+            os.chmod(path, 0o444 if mode is None else mode & 0o444)
 
     def remove(self, path: Path) -> None:
         """Unlink a file; fine if it is gone already."""
@@ -422,6 +516,7 @@ class Disk:
         while True:
             with translated("lock", path):
                 lock = Lock(path, _open_for_lock(path, shared))
+            self.adopt(path)
             fd = lock._fd
             try:
                 fcntl.flock(fd, mode | fcntl.LOCK_NB)
@@ -465,6 +560,59 @@ def _open_for_lock(path: Path, shared: bool) -> int:
         if not shared or error.errno not in (errno.EACCES, errno.EROFS):
             raise
         return os.open(path, os.O_RDONLY | common)
+
+
+_NETWORK: Final = frozenset(
+    (
+        *(
+            "9p",
+            "acfs",
+            "afs",
+            "beegfs",
+            "ceph",
+            "cifs",
+            "coda",
+            "gfs",
+            "gfs2",
+            "glusterfs",
+            "gpfs",
+            "lustre",
+        ),
+        *("ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "panfs", "pvfs2", "smb2", "smb3", "smbfs", "vboxsf"),
+        *("virtiofs", "vmhgfs", "wekafs"),
+    )
+)
+_LOCAL_FUSE: Final = frozenset(
+    f"fuse.{name}" for name in ("bindfs", "encfs", "fuse-overlayfs", "gocryptfs", "mergerfs", "ntfs-3g")
+)
+
+
+def _is_network(kind: str) -> bool:
+    """Of FUSE file systems only those are taken for local that are known to be."""
+    return kind in _NETWORK or (kind.split(".")[0] == "fuse" and kind not in _LOCAL_FUSE)
+
+
+def _mounted_type(table: str, device: str, path: str) -> str | None:
+    """The file system type of a path, from the lines of mountinfo (proc(5)).
+
+    A line is that of the path if its mount point lies above it; the longest wins, of equally long ones the
+    last, which covers the others. Lines of the path's own device come before all others: a bind mount may
+    hide what its mount point says.
+    """
+    best: tuple[bool, int] | None = None
+    found = None
+    for line in table.splitlines():
+        before, _, after = line.partition(" - ")
+        fields = before.split(" ")
+        if len(fields) < 5 or not after:
+            continue
+        point = fields[4].replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
+        if path != point and not path.startswith(point.rstrip("/") + "/"):
+            continue
+        rank = (fields[2] == device, len(point))
+        if best is None or rank >= best:
+            best, found = rank, after.split(" ")[0]
+    return found
 
 
 def reserved_memory(nbytes: int) -> memoryview:
@@ -514,6 +662,12 @@ def usable_cpus() -> int:
         if quota != "max":
             cpus = min(cpus, max(1, int(quota) // int(period)))
     return max(1, cpus)
+
+
+def new_scratch_folder() -> Path:
+    """A new folder where temporary files go, for its owner alone. Whoever makes it removes it."""
+    with translated("create", Path(tempfile.gettempdir())):
+        return Path(tempfile.mkdtemp(prefix="ckpt-"))
 
 
 @contextlib.contextmanager

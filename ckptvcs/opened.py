@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptvcs import config as settings
 from ckptvcs.disk import ThreadLock
-from ckptvcs.errors import InvalidError
+from ckptvcs.errors import CkptError, LockedError
 from ckptvcs.history.graph import History
-from ckptvcs.opening import default_author
+from ckptvcs.opening import default_author, read_config
 from ckptvcs.store import Store
+from ckptvcs.store.index_free import IndexFreeStore
 
 if TYPE_CHECKING:
     from ckptvcs.background import Background
@@ -59,6 +61,11 @@ class Opened:
         return self.store.layout.root.parent
 
     @property
+    def index_free(self) -> bool:
+        """Whether it was opened without its index."""
+        return isinstance(self.store, IndexFreeStore)
+
+    @property
     def author(self) -> str:
         """Who commits: `CKPT_AUTHOR`, else the config's author, else login@host."""
         return self._author or self.config.get("author") or default_author()
@@ -77,13 +84,26 @@ class Opened:
                 self.background = Background(self.store.grid, self.store.threads, self.store.disk.seconds)
             return self.background
 
+    def take_up(self, say: Callable[[str], None]) -> None:
+        """Ingest what waits in `incoming/`, unless another process does, or the setting `ingest` says no.
+        `say` is told of what could not be."""
+        if self.index_free or self.config.get("ingest") != "auto":
+            return
+        from ckptvcs.maintenance import ingest
+
+        if not ingest.waiting(self.store):
+            return
+        try:
+            with self.store.operation():
+                report = ingest.ingest(self.store)
+        except LockedError:
+            return
+        except (CkptError, OSError) as error:
+            say(f"what waits in {self.store.layout.incoming} was not ingested: {error}")
+            return
+        for each in report.quarantined:
+            say(f"the bundle {each.bundle} was put into quarantine: {each.why}")
+
     def read_config(self) -> settings.Config:
         """The settings as the file has them now."""
-        path = self.store.layout.config
-        try:
-            text = self.store.disk.read(path).decode()
-        except FileNotFoundError:
-            text = ""
-        except UnicodeDecodeError:
-            raise InvalidError(f"{path} is not text", hint="mend it, or delete it") from None
-        return settings.Config(text, str(path))
+        return read_config(self.store.disk, self.store.layout.config)

@@ -33,7 +33,15 @@ from ckptvcs.history.commit import Commit
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.opened import Opened
-from ckptvcs.opening import Environment, default_author, find, make_folders
+from ckptvcs.opening import (
+    Environment,
+    default_author,
+    find,
+    folder_mode,
+    make_folders,
+    open_store,
+    refuse_network,
+)
 from ckptvcs.store import Claim, Fork, LogEntry, Move, Operation, Reader, Status, Store
 from ckptvcs.store.format import FOLDER
 
@@ -42,6 +50,7 @@ if TYPE_CHECKING:
     from ckptvcs.background import PendingCommit
     from ckptvcs.history.deleted import Deleted
     from ckptvcs.maintenance import fsck, gc
+    from ckptvcs.maintenance import ingest as ingesting
     from ckptvcs.maintenance.reach import Reach
     from ckptvcs.runs import Run
     from ckptvcs.state import export as exporting
@@ -119,13 +128,27 @@ class Repo:
     # -- opening and closing ---------------------------------------------------------------------
 
     @classmethod
-    def init(cls, path: StrPath, *, compression: str | None = None) -> Repo:
+    def init(
+        cls,
+        path: StrPath,
+        *,
+        compression: str | None = None,
+        network: bool = False,
+        shared: str | None = None,
+    ) -> Repo:
         """Make a repository in the folder `path` (as `path/.ckpt`), with HEAD on the unborn branch `main`,
         and open it on `CKPT_BRANCH`, else on HEAD's. Missing folders are made.
 
-        `compression` is 'fast', 'balanced' or 'small' and is recorded in the repository's config.
+        `compression` is 'fast', 'balanced' or 'small' and is recorded in the repository's config. So is
+        `network`: the index may be on a network file system, since one host alone will use it.
+        `shared` lets other users use it: 'group' (its group may write, nobody else may read), 'all' (and
+        everybody may read), or a file mode such as '0640'. The repository's folder keeps that as its own
+        mode, and every file in it follows, whatever the umask of who makes it. Folders above it that were
+        missing get it, too.
+
         ExistsError if there is one already. Durable on return.
         """
+        mode = None if shared is None else folder_mode(shared)
         level = (
             ""
             if compression is None
@@ -134,7 +157,11 @@ class Repo:
         environ = Environment()
         disk = Disk()
         folder = Path(path)
-        make_folders(disk, folder)
+        if network:
+            level += "index.network = true\n"
+        else:
+            refuse_network(disk, folder)
+        make_folders(disk, folder, mode)
         store = Store.create(
             folder.resolve() / FOLDER,
             disk,
@@ -143,6 +170,7 @@ class Repo:
             who=environ.author or default_author(),
             threads=environ.threads,
             below=_below,
+            mode=mode,
         )
         return cls(Opened(store, environ.author, job=environ.job), environ.branch, owner=True)
 
@@ -155,9 +183,14 @@ class Repo:
         compression: str | None = None,
         create: bool = False,
         rebuild: bool = False,
+        index_free: bool | None = None,
+        ingest: bool = True,
         say: Callable[[str], None] | None = None,
     ) -> Repo:
         """A handle on an existing repository.
+
+        Who may only read it gets a handle that only reads. Bundles that wait in `incoming/` are taken up
+        first (`ingest`), unless the setting `ingest` is 'manual'.
 
         Args:
             path: the repository's folder or any folder below it. Without it `CKPT_REPO`, else the
@@ -170,9 +203,15 @@ class Repo:
                 processes do it at once.
             rebuild: make the index anew from packs and journal first, even if it is too damaged to be
                 opened. No other handle may be open.
+            index_free: do not use the index, which processes in several PID namespaces (containers), on
+                several hosts or on a network file system must not share. Commits then go to `incoming/`
+                and are durable there; a process that has the index takes them up. Refs are seen as they
+                were when the handle was opened or last committed. Without it, `CKPT_INDEX_FREE`.
+            ingest: False leaves bundles where they are.
             say: told in a sentence when the index had to be rebuilt; the default logs a warning.
 
-        Raises NoRepositoryError, FormatError for a newer format, LockedError during a rebuild.
+        Raises NoRepositoryError, FormatError for a newer format, LockedError during a rebuild, StorageError
+        (code 'network') where the index must not be used.
         """
         if compression is not None:
             settings.checked("compression", compression, "compression")
@@ -194,11 +233,19 @@ class Repo:
                 f"there is no repository in {where} or above it",
                 hint="make one with `ckpt init`, or set CKPT_REPO to its folder",
             )
-        store = Store.open(
-            root, disk, threads=environ.threads, say=say or _log.warning, rebuild=rebuild, below=_below
+        store = open_store(
+            root,
+            disk,
+            threads=environ.threads,
+            say=say or _log.warning,
+            rebuild=rebuild,
+            index_free=environ.index_free if index_free is None else index_free,
+            below=_below,
         )
         try:
             opened = Opened(store, environ.author, compression, environ.job)
+            if ingest:
+                opened.take_up(say or _log.warning)
             return cls(opened, branch or environ.branch, owner=True)
         except BaseException:
             store.close()
@@ -297,6 +344,7 @@ class Repo:
     def configure(self, key: str, value: str | None) -> None:
         """Set a setting from text, or unset it (None). Durable on return."""
         opened = self._open()
+        opened.store.check("write")
         opened.config = opened.read_config()
         text = opened.config.with_value(key, value)
         opened.store.disk.replace(opened.store.layout.config, text.encode())
@@ -1079,8 +1127,22 @@ class Repo:
         from ckptvcs.maintenance import gc
 
         seconds = settings.seconds_of(self.config.get("gc.grace") if grace is None else grace)
+        if not dry_run:
+            self._open().take_up(_log.warning)
         with self._store.operation():
             return gc.collect(self._store, grace=seconds, dry_run=dry_run, who=self.author)
+
+    def ingest(self, *, retry: bool = False) -> ingesting.Report:
+        """Take up the bundles that handles without the index left in `incoming/`: check all their bytes, and
+        publish each in one transaction. A commit whose branch has moved meanwhile is kept under `lost/`.
+
+        What is damaged, or builds on what is no longer stored, is put aside in `quarantine/`, with the
+        reason; `retry` takes that up once more. LockedError if another process ingests.
+        """
+        from ckptvcs.maintenance import ingest
+
+        with self._store.operation():
+            return ingest.ingest(self._store, retry=retry)
 
     def fsck(self, *, full: bool = False, rebuild: bool = False) -> fsck.Report:
         """Check the repository: refs, rows, packs and the ids of all objects; `full` hashes every byte.

@@ -52,7 +52,7 @@ def main(channel: Channel, memory: SharedMemory) -> None:
             view = memory.view(start + size)
             task = canonical.decode(bytes(view[start : start + size]))
             if writer is None:
-                opened = _Writer.open(task["folder"], branch=task["branch"])
+                opened = _Writer.open(task["folder"], branch=task["branch"], index_free=task["index_free"])
                 assert isinstance(opened, _Writer)
                 writer = opened
             answer = answer_of(writer.save(task, view))

@@ -36,6 +36,7 @@ VERBS = {
     "status": "content",
     "reflog": "history",
     "gc": "upkeep",
+    "ingest": "upkeep",
     "fsck": "upkeep",
     "config": "upkeep",
     "completion": "shell",

@@ -53,6 +53,7 @@ _ENVIRONMENT = """\
 | `CKPT_BRANCH` | the branch that commits go to, where `--branch` is not given; `HEAD` stays what it is |
 | `CKPT_AUTHOR` | who commits; else the setting `author`, else login@host |
 | `CKPT_THREADS` | threads that hash and compress, by default up to 4 |
+| `CKPT_INDEX_FREE` | `1`: open without the index; commits go to `.ckpt/incoming` |
 | `CKPT_DEBUG` | if set, an error comes with its traceback |
 | `NO_COLOR` | if set, no colours, unless `--color always` |
 """

@@ -31,16 +31,18 @@ def wanted_path() -> str | None:
 
 
 @contextlib.contextmanager
-def opened(*, rebuild: bool = False) -> Iterator[Repo]:
+def opened(*, rebuild: bool = False, ingest: bool = True) -> Iterator[Repo]:
     """The repository, on HEAD's branch: that is what HEAD means on the command line, whatever CKPT_BRANCH
     says to the jobs started here."""
-    with for_commit(None, rebuild=rebuild) as repo:
+    with for_commit(None, rebuild=rebuild, ingest=ingest) as repo:
         branch, _ = repo.head()
         yield repo if branch is None or branch == repo.branch_name else repo.on(branch)
 
 
 @contextlib.contextmanager
-def for_commit(branch: str | None, *, rebuild: bool = False) -> Iterator[Repo]:
+def for_commit(
+    branch: str | None, *, rebuild: bool = False, index_free: bool | None = None, ingest: bool = True
+) -> Iterator[Repo]:
     """The repository, on the branch that commits go to: the argument, else CKPT_BRANCH, else HEAD's."""
     from ckptvcs.repo import Repo
 
@@ -48,7 +50,9 @@ def for_commit(branch: str | None, *, rebuild: bool = False) -> Iterator[Repo]:
     if not any(isinstance(handler, _Warnings) for handler in log.handlers):
         log.addHandler(_Warnings())
         log.propagate = False
-    with Repo.open(wanted_path(), branch, rebuild=rebuild, say=output.warning) as repo:
+    with Repo.open(
+        wanted_path(), branch, rebuild=rebuild, index_free=index_free, ingest=ingest, say=output.warning
+    ) as repo:
         yield repo
 
 

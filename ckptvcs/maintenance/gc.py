@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ckptvcs.errors import CkptError, CorruptionError, InvalidError, StorageError
+from ckptvcs.errors import CkptError, CorruptionError, InvalidError, LockedError, StorageError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.maintenance import compaction, rebasing
 from ckptvcs.maintenance.compaction import Usage
@@ -43,6 +43,7 @@ _BATCH: Final = 5_000
 _FEW: Final = 32
 """So many new roots are marked while a transaction is open."""
 _LOST_COMPARISONS: Final = 3
+_INGEST_WAIT: Final = 60.0
 
 
 @dataclass(slots=True)
@@ -117,7 +118,15 @@ def collect(
         collection = _Collection(store, grace, report, Drops(dropping))
         if not dry_run:
             collection.expire_lost(who)
-        collection.leftovers(remove=not dry_run)
+        if dry_run:
+            collection.leftovers(remove=False)
+        else:
+            # What is being ingested has its name already and no row yet. Strays can wait for the next run.
+            with (
+                contextlib.suppress(LockedError),
+                store.disk.lock(store.layout.packs_lock, wait=_INGEST_WAIT),
+            ):
+                collection.leftovers(remove=True)
         collection.mark_roots(bases=not rebase)
         if rebase:
             collection.rebase()

@@ -11,7 +11,8 @@ Rules taken from LMDB's own caveats:
 - A forked child closes its inherited copy (the binding frees without touching the shared reader table)
   and opens its own on first use. No spare read transactions are kept, since a fork would leak them.
 - Read transactions are short and results are copied out, so that free pages are never pinned.
-- The map is 64 GiB of address space from the start and never resized while open.
+- The map is 64 GiB of address space from the start and never resized while open. LMDB keeps its size in the
+  file, and each opening takes it from there; it is doubled under the repository's exclusive lock.
 - Rows carry a CRC, since LMDB 0.9 has no page checksums.
 """
 
@@ -30,7 +31,7 @@ from typing import Any, Final, NamedTuple
 import lmdb
 
 from ckptvcs import canonical
-from ckptvcs.disk import Disk, in_forked_child
+from ckptvcs.disk import Disk, ReadFile, in_forked_child
 from ckptvcs.errors import CkptError, CorruptionError, FormatError, LockedError, NotFoundError, StorageError
 from ckptvcs.ids import ID_BYTES, Buffer, Kind, ObjectId
 from ckptvcs.store.format import DAMAGED, HAS_BASE, MAX_STORED, Entry, PackName, largest, record_bytes
@@ -331,6 +332,12 @@ class Change(Snapshot):
         """Forget a pack. Only after its file is gone."""
         self._delete("packs", name.key)
 
+    def clear(self, *tables: str) -> None:
+        """Empty whole tables: only for an index of one's own, filled anew in the same transaction."""
+        for table in tables:
+            for key in [key for key, _ in self._items(table)]:
+                self._delete(table, key)
+
     def bump_gc_seq(self) -> None:
         """Tell every writer that what it looked up may be gone."""
         self._set_number("gc_seq", self.gc_seq() + 1)
@@ -505,16 +512,7 @@ class Index:
             shared = _open.get(key) if key else None
             if shared is None:
                 with self._errors():
-                    env = lmdb.open(
-                        str(self.folder),
-                        map_size=MAP_SIZE,
-                        max_readers=1024,
-                        max_spare_txns=0,
-                        readahead=False,
-                        meminit=True,
-                        mode=0o644,
-                        **_LIBRARY,
-                    )
+                    env = self._environment(MAP_SIZE if create else 0)
                     try:
                         self._check_length(env)
                         env.reader_check()
@@ -526,6 +524,76 @@ class Index:
             shared.users += 1
             self._shared, self._process = shared, self._disk.process()
             return shared
+
+    def _environment(self, map_size: int) -> Any:
+        """The LMDB environment, with a map of this size; 0 takes the one that the file names."""
+        lock = self.folder / "lock.mdb"
+        self._disk.make_shared(lock)
+        env = lmdb.open(
+            str(self.folder),
+            map_size=map_size,
+            max_readers=1024,
+            max_spare_txns=0,
+            readahead=False,
+            meminit=True,
+            mode=0o644,
+            **_LIBRARY,
+        )
+        self._disk.adopt(self._data)
+        return env
+
+    @property
+    def nearly_full(self) -> bool:
+        """Whether half of the map is used."""
+        env = self._attach(create=False).env
+        info = env.info()
+        used, size = (info["last_pgno"] + 1) * env.stat()["psize"], int(info["map_size"])
+        return int(used) * 2 > size
+
+    @classmethod
+    def grow(cls, disk: Disk, folder: Path) -> None:
+        """Double the map. The caller holds the repository's lock exclusively, and no handle is open.
+
+        One transaction, durable on return: the size is part of what it writes.
+        """
+        index = cls(disk, folder)
+        with index._errors():
+            env = index._environment(0)
+            try:
+                size = env.info()["map_size"]
+            finally:
+                env.close()
+            env = index._environment(2 * size)
+            try:
+                with env.begin(write=True) as txn:
+                    Change(txn)._set_number("gc_seq", Snapshot(txn).gc_seq())
+            finally:
+                env.close()
+        disk.index_committed(index._data)
+
+    @classmethod
+    def copied(cls, disk: Disk, folder: Path, to: Path, index_id: str) -> Index | None:
+        """A copy of the index with this id, to look at without its locks; None if there is none, or if its
+        writers leave no time for it. Only on a local file system.
+
+        LMDB never writes to a page that its last two transactions can see, and says which one is the last in
+        the file's first two pages. So what was read between two equal looks at them holds that transaction.
+        """
+        for _ in range(_COPIES):
+            try:
+                with disk.open(folder / "data.mdb") as source:
+                    before = _meta_pages(source)
+                    with disk.create(to / "data.mdb") as target:
+                        while part := source.read(target.size, _PIECE):
+                            target.write([part])
+                    if _meta_pages(source) == before:
+                        return cls.open(disk, to, index_id)
+                disk.remove(to / "data.mdb")
+            except (CkptError, FileNotFoundError):
+                for name in disk.names(to):
+                    disk.remove(to / name)
+                return None
+        return None
 
     def _check_length(self, env: Any) -> None:
         """A file cut short must be noticed before its missing pages are touched: that is a SIGBUS."""
@@ -590,7 +658,13 @@ class Index:
     def _explain(self, error: Exception) -> Exception:
         where, text = str(self.folder), str(error)
         if isinstance(error, lmdb.MapFullError):
-            return StorageError(f"the index {where} is full", path=where)
+            return StorageError(
+                f"the index {where} is full: its address space is used up",
+                hint="close all handles and programs that use this repository, then open it again: its "
+                "address space is doubled then",
+                path=where,
+                code="index-full",
+            )
         if isinstance(error, lmdb.ReadersFullError):
             return LockedError(f"too many processes read the index {where} at once", hint="try again")
         if isinstance(error, lmdb.LockError) or "Resource temporarily unavailable" in text:
@@ -613,7 +687,8 @@ class Index:
             if refusal in text:
                 return StorageError(
                     f"cannot open the index {where}: {refusal.lower()}",
-                    hint="even reading needs write access to the repository's folder, for its locks",
+                    hint="its files belong to another user; `ckpt init --shared=group` makes a repository "
+                    "whose files a group shares",
                     path=where,
                 )
         full = "No space left" in text
@@ -629,6 +704,19 @@ class Index:
                 code="disk-full",
             )
         return StorageError(f"the index {where} failed: {text}", path=where)
+
+
+_COPIES: Final = 10
+_PIECE: Final = 8 << 20
+_PAGE_SIZE_AT: Final = 40
+"""Where LMDB 0.9 keeps the size of its pages: in the first one, behind header, magic, version, address and
+map size."""
+
+
+def _meta_pages(file: ReadFile) -> bytes:
+    """The first two pages, which name the last transaction."""
+    size = int.from_bytes(file.read(_PAGE_SIZE_AT, 4), "little")
+    return file.read(0, 2 * size if 512 <= size <= 1 << 16 else 1 << 17)
 
 
 _LIBRARY: Final[dict[str, Any]] = {"lib_version": 0} if lmdb.__version__ >= "3" else {}

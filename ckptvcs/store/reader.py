@@ -52,8 +52,11 @@ class Reader:
         index: Index,
         grid: Grid,
         pool: Callable[[], ThreadPoolExecutor],
+        refresh: Callable[[], None] = lambda: None,
     ) -> None:
+        """`refresh` brings an index up to date that does not see by itself what others do."""
         self.grid = grid
+        self._refresh = refresh
         self._disk = disk
         self._layout = layout
         self._index = index
@@ -209,6 +212,7 @@ class Reader:
         """
         for link in chain:
             self._forget(link.row.pack)
+        self._refresh()
         with self._index.snapshot() as snapshot:
             rows = [snapshot.row(link.id) for link in chain]
         for link, row in zip(chain, rows, strict=True):

@@ -84,8 +84,11 @@ class Store:
         who: str,
         threads: int | None = None,
         below: Below = everything_below,
+        mode: int | None = None,
     ) -> Store:
         """Make a repository at `root` (the `.ckpt` folder itself) and open it.
+
+        `mode` is that of its folders, with the setgid bit, if several users are to share it (`Disk.share`).
 
         Built aside and renamed into place, so that it is there whole or not at all, and so that of
         many processes doing this at once one succeeds. ExistsError for the others. Durable on return.
@@ -99,6 +102,7 @@ class Store:
             aside = root.with_name(f"{root.name}-init-{random_name()}")
             disk.make_dir(aside)
             try:
+                disk.share(aside, mode)
                 cls._build(aside, disk, config, head, who)
                 disk.rename(aside, root)
                 disk.sync_dir(root.parent)
@@ -173,8 +177,17 @@ class Store:
     def _try_open(self) -> bool:
         """Take the shared lock and open the index; False if there is none."""
         self._read_format()
+        self.disk.share(self.layout.root)
         self._make_missing_folders()
-        self._shared_lock = self._lock(shared=True)
+        if not self._open_index():
+            return False
+        if self.index.nearly_full and self._grow():
+            return self._open_index()
+        return True
+
+    def _open_index(self) -> bool:
+        if self._shared_lock is None:
+            self._shared_lock = self._lock(shared=True)
         # Read again under the lock: a rebuild may just have renewed the index id.
         self._read_format()
         try:
@@ -183,6 +196,22 @@ class Store:
             self._shared_lock.release()
             self._shared_lock = None
             return False
+        return True
+
+    def _grow(self) -> bool:
+        """Double the index's map, if nobody else has the repository open; else a later opening does.
+
+        Whether this handle let go of the index, and has to open it again.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self.disk.lock(self.layout.gc_lock))
+            except LockedError:
+                return False
+            self._close_index()
+            with contextlib.suppress(LockedError), self.disk.lock(self.layout.lock):
+                self._read_format()
+                Index.grow(self.disk, self.layout.meta)
         return True
 
     def _make_missing_folders(self) -> None:
@@ -314,6 +343,7 @@ class Store:
 
         LockedError (code "claimed") naming the living claimant, unless `steal` (`claims`).
         """
+        self.check("write")
         return claims.take(self.disk, self.layout, self.index, ref, tip, holder, steal=steal)
 
     def claimant(self, ref: str) -> str | None:
@@ -344,9 +374,26 @@ class Store:
         """A scope for reading records."""
         return Reader(self.disk, self.layout, self.index, self.grid, self._pool)
 
-    def writer(self, compression: str = "balanced") -> Writer:
-        """A scope for writing one commit, at a compression level (`choice.LEVELS`)."""
-        self.format.check("write")
+    def check(self, work: str) -> None:
+        """Refuse 'read', 'write' or 'gc' if this handle may not do that, or if a feature is unknown."""
+        self.format.check(work)
+
+    def needs_index(self, what: str) -> None:
+        """Refuse what a handle without the index cannot do (`index_free`)."""
+
+    def refresh(self) -> None:
+        """Look at what others did. The index shows it at any time, so there is nothing to do."""
+
+    def writer(self, compression: str = "balanced", base: ObjectId | None = None) -> Writer:
+        """A scope for writing one commit, at a compression level (`choice.LEVELS`).
+
+        `base` is the commit whose content it will probably share. Nothing depends on it here: whatever is
+        stored is reused.
+        """
+        self.check("write")
+        return self._make_writer(Writer, compression)
+
+    def _make_writer(self, kind: type[Writer], compression: str) -> Writer:
         # Choosing brings numpy, which looking at a history must not wait for.
         from ckptvcs.store.choice import LEVELS, Chooser, Memory
 
@@ -354,7 +401,7 @@ class Store:
             self._choices = Memory()
         reader = self.reader()
         chooser = Chooser(LEVELS[compression], self._choices, self.index, reader)
-        return Writer(
+        return kind(
             self.disk,
             self.layout,
             self.index,
@@ -376,7 +423,7 @@ class Store:
         A ref may only be moved to a commit whose row is present, which vouches for all below it.
         Durable on return.
         """
-        self.format.check("write")
+        self.check("write")
         if any(isinstance(op, Expire) for op in operations):
             # What leaves the log table must be in the journal already, or it could never get there.
             self.catch_up_journal(must=True)
@@ -442,10 +489,13 @@ class Store:
         """Every entry of `refs.journal`, in order. CorruptionError at the first damaged line."""
         return self._journal.entries()
 
-    @contextlib.contextmanager
-    def collecting(self, *, wait: float = 0.0) -> Iterator[None]:
+    def collecting(self, *, wait: float = 0.0) -> contextlib.AbstractContextManager[None]:
         """Hold `gc.lock`: one collector at a time. LockedError if another one runs."""
-        self.format.check("gc")
+        return self._collecting(wait)
+
+    @contextlib.contextmanager
+    def _collecting(self, wait: float) -> Iterator[None]:
+        self.check("gc")
         try:
             lock = self.disk.lock(self.layout.gc_lock, wait=wait)
         except LockedError:

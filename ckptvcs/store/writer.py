@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, Self
@@ -94,13 +94,16 @@ _memory: Final = Reused()
 """What each thread copies the cells of one task into."""
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
+    """A record that no row names yet, and the pack it lies in."""
+
     entry: Entry
     pack: PackName
 
 
-@dataclass(slots=True)
-class _Sealed:
+class Sealed(NamedTuple):
+    """A sealed pack that no row names yet."""
+
     name: PackName
     info: PackInfo
 
@@ -162,8 +165,8 @@ class Writer:
         self._window = 2 * threads + 1
         self._pack: PackWriter | None = None
         self._full: list[PackWriter] = []
-        self._sealed: list[_Sealed] = []
-        self._made: dict[ObjectId, _Made] = {}
+        self._sealed: list[Sealed] = []
+        self._made: dict[ObjectId, Made] = {}
         self._pieces: dict[ObjectId, Piece] = {}
         self._objects: dict[ObjectId, tuple[Kind, bytes]] = {}
         # Packs that records are reused from: those that are there in full, and those that are not. A
@@ -333,7 +336,7 @@ class Writer:
         if self._pack is None:
             self._pack = PackWriter(self._disk, self._layout, self._lease.next_pack())
         entry = self._pack.append(frame)
-        self._made[frame.header.id] = _Made(entry, self._pack.name)
+        self._made[frame.header.id] = Made(entry, self._pack.name)
         if self._pack.size >= PACK_LIMIT:
             self._seal()
         return entry
@@ -349,7 +352,7 @@ class Writer:
             except BaseException:
                 pack.abandon()
                 raise
-            self._sealed.append(_Sealed(pack.name, PackInfo(size, len(pack.entries))))
+            self._sealed.append(Sealed(pack.name, PackInfo(size, len(pack.entries))))
 
     # -- publishing ------------------------------------------------------------------------------
 
@@ -388,7 +391,7 @@ class Writer:
                 if not moved or closure is not None:
                     # Differences are looked at in any case: a base may have been found damaged.
                     doubtful = closure if moved and closure is not None else self._differences()
-                    absent = [id for id in doubtful if not self._is_safe(change, id)]
+                    absent = [id for id in doubtful if not is_safe(change, id, self._made, self._broken)]
                     if not absent:
                         return self._enter(change, wanted)
             # A collector ran since our first lookup. Look everything up again: what is gone is
@@ -399,65 +402,14 @@ class Writer:
                 self._write_again(id)
 
     def _enter(self, change: Change, wanted: Publication) -> bool:
-        won = all(change.ref(move.name) == move.old for move in wanted.moves)
-        tips = {move.old for move in wanted.moves} if won else set()
-        for commit in wanted.require:
-            row = None if commit in tips else change.live(commit)
-            if commit not in tips and (row is None or row.kind is not Kind.COMMIT):
-                raise NotFoundError(
-                    f"the parent commit {commit.short} is no longer stored",
-                    hint="its branch was deleted and collected while this commit was being made",
-                )
-        for sealed in self._sealed:
-            change.put_pack(sealed.name, sealed.info)
-        for id in sorted(self._made):
-            self._put_row(change, id, 0)
-        operations = (*wanted.moves, *wanted.annotations) if won else (wanted.rescue,)
-        change.record(wanted.time, wanted.who, wanted.why, operations, wanted.info)
+        won = enter(change, wanted, self._sealed, self._made, self._broken)
         self._published = True
         return won
 
     _published = False
 
-    def _put_row(self, change: Change, id: ObjectId, below: int) -> int:
-        """Put the row of a record of ours, unless a live one is there; gives its depth.
-
-        A base is settled first, and its chain walked: a stored depth may be out of date.
-        """
-        there = chain_depth(change, id, self._broken)
-        if there is not None:
-            return there
-        made = self._made.get(id)
-        if made is None or below > MAX_DEPTH:
-            raise StorageError(f"the base {id.short} of a frame is not stored, or its chain is endless")
-        entry = made.entry
-        depth = 0
-        if entry.base is not None:
-            depth = 1 + self._put_row(change, entry.base, below + 1)
-            if depth > MAX_DEPTH:
-                raise StorageError(f"the base chain of {id.short} is longer than {MAX_DEPTH}")
-        change.put_row(id, Row.of(entry, made.pack, depth))
-        return depth
-
     def _differences(self) -> list[ObjectId]:
         return [id for id, made in self._made.items() if made.entry.base is not None]
-
-    def _is_safe(self, change: Change, id: ObjectId, below: int = 0) -> bool:
-        """Whether a record is live down its base chain, or will be by what this writer made.
-
-        Only a plain record may take the place of one that is there and damaged: a difference there
-        could close a circle, and a collector that has marked the old row would not look at its base.
-        """
-        if below > MAX_DEPTH:
-            return False
-        if chain_depth(change, id, self._broken) is not None:
-            return True
-        made = self._made.get(id)
-        if made is None:
-            return False
-        if made.entry.base is None:
-            return True
-        return change.row(id) is None and self._is_safe(change, made.entry.base, below + 1)
 
     def _closure(self, root: ObjectId) -> list[ObjectId]:
         """Everything the commit reaches, other commits left out: their rows vouch for theirs."""
@@ -514,6 +466,80 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def enter(
+    change: Change,
+    wanted: Publication,
+    sealed: Iterable[Sealed],
+    made: Mapping[ObjectId, Made],
+    broken: Set[PackName],
+    replaced: Sequence[Move] = (),
+) -> bool:
+    """Within a transaction: rows for packs and the records made, then the refs; whether these moved.
+
+    Otherwise `rescue` roots the commit, and the moves in `replaced` go with it. NotFoundError if a commit
+    that is required is no longer stored.
+    """
+    won = all(change.ref(move.name) == move.old for move in wanted.moves)
+    tips = {move.old for move in wanted.moves} if won else set()
+    for commit in wanted.require:
+        row = None if commit in tips else change.live(commit)
+        if commit not in tips and (row is None or row.kind is not Kind.COMMIT):
+            raise NotFoundError(
+                f"the parent commit {commit.short} is no longer stored",
+                hint="its branch was deleted and collected while this commit was being made",
+            )
+    for pack in sealed:
+        change.put_pack(pack.name, pack.info)
+    for id in sorted(made):
+        put_row(change, id, made, broken)
+    operations = (*wanted.moves, *wanted.annotations) if won else (wanted.rescue, *replaced)
+    change.record(wanted.time, wanted.who, wanted.why, operations, wanted.info)
+    return won
+
+
+def put_row(
+    change: Change, id: ObjectId, made: Mapping[ObjectId, Made], broken: Set[PackName], below: int = 0
+) -> int:
+    """Put the row of a record that was made, unless a live one is there; gives its depth.
+
+    A base is settled first, and its chain walked: a stored depth may be out of date.
+    """
+    there = chain_depth(change, id, broken)
+    if there is not None:
+        return there
+    found = made.get(id)
+    if found is None or below > MAX_DEPTH:
+        raise StorageError(f"the base {id.short} of a frame is not stored, or its chain is endless")
+    entry = found.entry
+    depth = 0
+    if entry.base is not None:
+        depth = 1 + put_row(change, entry.base, made, broken, below + 1)
+        if depth > MAX_DEPTH:
+            raise StorageError(f"the base chain of {id.short} is longer than {MAX_DEPTH}")
+    change.put_row(id, Row.of(entry, found.pack, depth))
+    return depth
+
+
+def is_safe(
+    change: Change, id: ObjectId, made: Mapping[ObjectId, Made], broken: Set[PackName], below: int = 0
+) -> bool:
+    """Whether a record is live down its base chain, or will be by what was made.
+
+    Only a plain record may take the place of one that is there and damaged: a difference there
+    could close a circle, and a collector that has marked the old row would not look at its base.
+    """
+    if below > MAX_DEPTH:
+        return False
+    if chain_depth(change, id, broken) is not None:
+        return True
+    found = made.get(id)
+    if found is None:
+        return False
+    if found.entry.base is None:
+        return True
+    return change.row(id) is None and is_safe(change, found.entry.base, made, broken, below + 1)
 
 
 def chain_depth(snapshot: Snapshot, id: ObjectId, broken: Set[PackName]) -> int | None:

@@ -251,7 +251,9 @@ class RecordingDisk(Disk):
     # -- the door
 
     def create(self, path: Path, mode: int = 0o644) -> WriteFile:
-        return _RecordedFile(self, path, create=True, mode=mode)
+        file = _RecordedFile(self, path, create=True, mode=mode)
+        self.adopt(path)
+        return file
 
     def append(self, path: Path) -> WriteFile:
         return _RecordedFile(self, path, create=False)
@@ -270,6 +272,16 @@ class RecordingDisk(Disk):
                 self._live[folder][final.name] = node
                 self._note(Linked(folder, final.name, node))
                 self._unlinked(temporary)
+
+    def link(self, existing: Path, new: Path) -> bool:
+        if not super().link(existing, new):
+            return False
+        with self._mutex:
+            node, folder = self._find(existing), self._find(new.parent)
+            if node is not None and folder is not None:
+                self._live[folder][new.name] = node
+                self._note(Linked(folder, new.name, node))
+        return True
 
     def rename(self, old: Path, new: Path) -> None:
         super().rename(old, new)

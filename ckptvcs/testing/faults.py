@@ -18,10 +18,10 @@ _NO_SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 class FailingDisk(Disk):
     """The real file system, whose n-th change fails.
 
-    Counted are create, append, write, truncate, sync, make_dir, publish, rename, protect, remove, sync_dir
-    and the making of lock files. `arm` starts counting anew. A failing write leaves half of its bytes. ENOSPC
-    and EDQUOT stay for every later operation that needs space, as on a full disk, until `heal`; other errors
-    happen once.
+    Counted are create, append, write, truncate, sync, make_dir, publish, link, rename, protect, remove,
+    sync_dir and the making of lock files. `arm` starts counting anew. A failing write leaves half of its
+    bytes. ENOSPC and EDQUOT stay for every later operation that needs space, as on a full disk, until `heal`;
+    other errors happen once.
 
     A file whose sync failed must be given up: writing or syncing it again is an AssertionError, because
     Linux drops the dirty pages and the second sync would lie (fsyncgate).
@@ -68,7 +68,9 @@ class FailingDisk(Disk):
 
     def create(self, path: Path, mode: int = 0o644) -> WriteFile:
         self.step("create", path, needs_space=True)
-        return _FailingFile(self, path, create=True, mode=mode)
+        file = _FailingFile(self, path, create=True, mode=mode)
+        self.adopt(path)
+        return file
 
     def append(self, path: Path) -> WriteFile:
         self.step("open", path, needs_space=False)
@@ -81,6 +83,10 @@ class FailingDisk(Disk):
     def publish(self, temporary: Path, final: Path) -> None:
         self.step("publish", final, needs_space=True)
         super().publish(temporary, final)
+
+    def link(self, existing: Path, new: Path) -> bool:
+        self.step("link", new, needs_space=True)
+        return super().link(existing, new)
 
     def rename(self, old: Path, new: Path) -> None:
         self.step("rename", old, needs_space=True)

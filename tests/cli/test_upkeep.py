@@ -1,4 +1,4 @@
-"""ckpt gc, ckpt fsck, ckpt config."""
+"""ckpt gc, ckpt ingest, ckpt fsck, ckpt config; sharing."""
 
 from __future__ import annotations
 
@@ -113,6 +113,8 @@ def test_config(repo: Repo, folder: Path) -> None:
             "compression": "balanced",
             "environment": True,
             "gc.grace": "24h",
+            "index.network": False,
+            "ingest": "auto",
             "metric.bleu.mode": "max",
         }
     }
@@ -146,3 +148,38 @@ def test_a_broken_config_is_named(files: Path) -> None:
             "mend it, or delete it",
         ),
     )
+
+
+def test_ingest(files: Path) -> None:
+    (files / "more.txt").write_text("more")
+    ckpt(files, "config", "ingest", "manual")
+    made = ckpt(files, "commit", "--index-free", "-m", "from a container", "more.txt", "--json").json
+    with Repo.open(files) as repo:
+        assert str(repo.resolve("main").id) != made["id"]
+    found = ckpt(files, "ingest", "--json").json
+    assert set(found) == {"ingested", "quarantined", "cleared", "abandoned", "bytes"}
+    (taken,) = found["ingested"]
+    assert (taken["commit"], taken["ref"], taken["lost"]) == (made["id"], "main", False)
+    assert ckpt(files, "ingest").out == "Ingested 0 commits, 0 B.\n"
+    (files / "more.txt").write_text("even more")
+    ckpt(files, "commit", "--index-free", "-m", "again", "more.txt")
+    for pack in (files / ".ckpt" / "incoming").glob("*.pack"):
+        pack.unlink()
+    assert "was put into quarantine" in ckpt(files, "ingest", code=3).err
+    with Repo.open(files) as repo:
+        assert repo.resolve("main").message == "from a container"
+        assert str(repo.resolve("main").id) == made["id"]
+
+
+def test_ingest_refuses(files: Path) -> None:
+    with Disk().lock(files / ".ckpt" / "packs.lock"):
+        refused(files, "ingest", code=11, words=("ingesting",))
+
+
+def test_init_for_several_users(folder: Path) -> None:
+    ckpt(folder, "init", "--shared", "all", "here")
+    assert (folder / "here" / ".ckpt").stat().st_mode & 0o7777 == 0o2775
+    assert (folder / "here" / ".ckpt" / "format").stat().st_mode & 0o777 == 0o664
+    refused(folder, "init", "--shared", "everybody", "there", code=2, words=("everybody", "0640"))
+    ckpt(folder, "init", "--network", "yonder")
+    assert "true" in ckpt(folder / "yonder", "config", "index.network").out

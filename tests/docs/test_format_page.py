@@ -16,7 +16,7 @@ from ckptvcs.history import commit
 from ckptvcs.history.commit import encode_commit
 from ckptvcs.ids import Kind, ObjectId, chunk_id
 from ckptvcs.state import codes, tree
-from ckptvcs.store import codec, index, journal
+from ckptvcs.store import bundles, codec, index, journal
 from ckptvcs.store import format as layouts
 from ckptvcs.store.journal import Drop as DropRecord
 from ckptvcs.store.journal import Expire, Fork, Journal, LogEntry, Move, Note, Operation, Pin, Status
@@ -149,6 +149,20 @@ def test_commit_keys() -> None:
     (count,) = struct.unpack_from("<I", payload)
     body = canonical.decode(payload[4 + 33 * count :])
     assert list(body) == [row[0].strip("`") for row in pages.table(PAGE, "### Commit")]
+
+
+def test_bundles() -> None:
+    id = ObjectId(bytes(32))
+    name = layouts.PackName(bytes(16), 2)
+    made = bundles.Bundle(name, str(uuid.UUID(int=0)), id, "", None, False, (), None, None, (), 0, "", "")
+    data = made.pack()
+    keys = [
+        key.strip("`") for row in pages.table(PAGE, "### The map of a bundle") for key in row[0].split(", ")
+    ]
+    assert list(canonical.decode(data[12:-16])) == keys
+    section = TEXT[TEXT.index("\n## Bundles\n") : TEXT.index("\n## Ingest\n")]
+    assert " ".join(f"{byte:02X}" for byte in data[:8]) in section
+    assert f"({bundles.MAX_BUNDLE:,} bytes)" in section
 
 
 def test_names_in_the_folder() -> None:

@@ -56,6 +56,7 @@ def artifacts() -> dict[str, bytes]:
         "refs.journal": b"".join(map(_line, values.JOURNAL)),
         "trees.hex": "".join(f"{line}\n" for name in NAMES for line in states.lines(name)).encode(),
         "commit.hex": lines({"commit": values.encoded_commit()}),
+        "bundles.hex": lines({name: each.pack() for name, each in values.BUNDLES.items()}),
         "rows.hex": lines({str(i): row.encode() for i, row in enumerate(values.ROWS)}),
     }
 

@@ -14,6 +14,7 @@ from ckptvcs.canonical import Tagged, decode, encode
 from ckptvcs.disk import Disk
 from ckptvcs.ids import Kind, ObjectId, object_id
 from ckptvcs.store import codec
+from ckptvcs.store.bundles import Bundle
 from ckptvcs.store.format import (
     HEADER_BYTES,
     TRAILER_BYTES,
@@ -225,3 +226,11 @@ def test_rows() -> None:
     for index, row in enumerate(values.ROWS):
         assert row.encode() == rows[str(index)]
         assert Row.decode(bytes(32), rows[str(index)]) == row
+
+
+def test_bundles() -> None:
+    bundles = frozen("bundles.hex")
+    assert bundles.keys() == values.BUNDLES.keys()
+    for name, bundle in values.BUNDLES.items():
+        assert bundle.pack() == bundles[name]
+        assert Bundle.unpack(bundles[name], name) == bundle

@@ -13,6 +13,7 @@ from ckptvcs.canonical import Tagged
 from ckptvcs.history.commit import encode_commit
 from ckptvcs.ids import Kind, ObjectId, chunk_id, object_id
 from ckptvcs.store import codec, difference, planes
+from ckptvcs.store.bundles import Bundle, BundledPack
 from ckptvcs.store.format import Entry, Format, Header, PackName, pack_footer, pack_object
 from ckptvcs.store.index import Row
 from ckptvcs.store.journal import Drop, Expire, Fork, LogEntry, Move, Note, Pin, Status
@@ -250,3 +251,38 @@ def number_records() -> dict[str, bytes]:
 def forms(records: dict[str, bytes]) -> dict[str, bytes]:
     """The first bytes of each payload, which say in what way it is stored."""
     return {name: data[104:106] for name, data in records.items() if name.endswith(".record")}
+
+
+BUNDLES: Final = {
+    "self-contained": Bundle(
+        name=PackName(LEASE, 8),
+        repository="01234567-89ab-cdef-0123-456789abcdef",
+        root=PARENT_ID,
+        ref="refs/heads/main",
+        tip=None,
+        lost=False,
+        tags=(),
+        status=None,
+        base=None,
+        packs=(BundledPack(PACK, 1 << 33, 70_000, bytes(range(16))),),
+        time=1_700_000_000_000_000_000,
+        who="ada@example",
+        why="commit: first",
+    ),
+    "on a base": Bundle(
+        name=PackName(LEASE, 1 << 20),
+        repository="01234567-89ab-cdef-0123-456789abcdef",
+        root=TREE_ID,
+        ref="refs/heads/exp/lr-\u00fc",
+        tip=PARENT_ID,
+        lost=True,
+        tags=("refs/tags/v1", "refs/tags/v2"),
+        status="finished",
+        base=PARENT_ID,
+        packs=(BundledPack(PACK, 68, 0, bytes(16)), BundledPack(PackName(LEASE, 9), 300, 2, b"\xff" * 16)),
+        time=0,
+        who="",
+        why="",
+        info={"given": 10, "stored": 4, "share": 0.5, "text": "x", "flag": True, "none": None},
+    ),
+}

@@ -82,6 +82,8 @@ def test_defaults() -> None:
         "compression": "balanced",
         "environment": True,
         "gc.grace": "24h",
+        "index.network": False,
+        "ingest": "auto",
     }
 
 

@@ -24,8 +24,19 @@ if TYPE_CHECKING:
     metavar="LEVEL",
     help="fast, balanced (the default) or small: what commits here use from now on.",
 )
+@click.option(
+    "--shared",
+    metavar="WHO",
+    help="group (its group may write), all (and everybody read), or a file mode such as 0640. Every file "
+    "gets that mode, whatever the umask.",
+)
+@click.option(
+    "--network",
+    is_flag=True,
+    help="Allow a network file system: one host alone will use the index, others commit with --index-free.",
+)
 @json_option
-def init(path: str | None, compression: str | None, as_json: bool) -> None:
+def init(path: str | None, compression: str | None, shared: str | None, network: bool, as_json: bool) -> None:
     """Make a repository in a folder, by default the current one.
 
     Makes PATH/.ckpt, with HEAD on the branch main, which has no commits yet. Missing folders are made.
@@ -33,12 +44,13 @@ def init(path: str | None, compression: str | None, as_json: bool) -> None:
     \b
     ckpt init /data/runs
     ckpt init --compression small
+    ckpt init --shared=group /data/team
     """
     from ckptvcs.repo import Repo
     from ckptvcs.store.format import FOLDER
 
     place = path or session.wanted_path() or "."
-    with Repo.init(place, compression=compression) as repo:
+    with Repo.init(place, compression=compression, network=network, shared=shared) as repo:
         branch = repo.branch_name
         level = repo.config.get("compression")
         if as_json:
@@ -80,6 +92,12 @@ def init(path: str | None, compression: str | None, as_json: bool) -> None:
     type=click.Choice(["finished", "failed"]),
     help="What became of the run on the branch (`ckpt runs`).",
 )
+@click.option(
+    "--index-free",
+    is_flag=True,
+    help="Leave the commit in .ckpt/incoming: for containers, network file systems and other hosts. `ckpt "
+    "ingest` takes it up. CKPT_INDEX_FREE=1 does the same.",
+)
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, shell_complete=complete_path)
 @json_option
 def commit(
@@ -92,6 +110,7 @@ def commit(
     name: str | None,
     tags: tuple[str, ...],
     status: str | None,
+    index_free: bool,
     paths: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -106,7 +125,7 @@ def commit(
     ckpt commit -m "after warm-up" --step 1000 --metric val_loss=0.41 out/model.safetensors
     ckpt commit -m imported --set optimizer.lr=3e-4 --as base.pt /scratch/base.pt
     """
-    with session.for_commit(branch) as repo:
+    with session.for_commit(branch, index_free=index_free or None) as repo:
         if repo.branch_name is None:
             raise LineageError(
                 "HEAD is detached, so there is no branch to commit to",

@@ -1,4 +1,4 @@
-"""gc, fsck, config."""
+"""gc, ingest, fsck, config."""
 
 from __future__ import annotations
 
@@ -66,6 +66,42 @@ def _print_collection(report: collecting.Report) -> None:
             f"{output.size(report.held)} stays recoverable for {output.duration(report.grace)}; "
             "`ckpt gc --grace 0` frees it now."
         )
+
+
+# ---- ingest -------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--retry", is_flag=True, help="Take up once more what was put into quarantine.")
+@json_option
+def ingest(retry: bool, as_json: bool) -> Exit:
+    """Take up commits that were made without the index.
+
+    They wait in .ckpt/incoming. All their bytes are checked first. Opening a repository does the same, unless
+    the setting ingest is manual. What is damaged, or builds on what is no longer stored, goes to
+    .ckpt/quarantine, with the reason.
+
+    \b
+    ckpt ingest
+    ckpt ingest --retry
+    """
+    with session.opened(ingest=False) as repo, output.working("ingesting"):
+        report = repo.ingest(retry=retry)
+    if as_json:
+        output.data(report.as_dict())
+    else:
+        for each in report.ingested:
+            where = output.clean(each.ref.removeprefix("refs/").removeprefix("heads/"))
+            lost = ", because its branch had moved" if each.lost else ""
+            output.line(f"{each.commit.short} is on {where}{lost}.")
+        output.line(
+            f"Ingested {output.counted(len(report.ingested), 'commit')}, {output.size(report.bytes)}."
+        )
+        for name in report.abandoned:
+            output.line(f"Removed {output.clean(name)}, which an interrupted writer left 30 days ago.")
+    for aside in report.quarantined:
+        output.warning(f"the bundle {aside.bundle} was put into quarantine: {aside.why}")
+    return Exit.PARTLY if report.quarantined else Exit.DONE
 
 
 # ---- fsck ---------------------------------------------------------------------------------------
@@ -137,7 +173,7 @@ def config(key: str | None, value: str | None, unset: bool, as_json: bool) -> No
     """List the settings in force, show one, or set one.
 
     There are author, compression (fast, balanced, small), environment (true, false), gc.grace (0, 30m, 24h,
-    7d) and metric.NAME.mode (min, max).
+    7d), index.network (true, false), ingest (auto, manual) and metric.NAME.mode (min, max).
 
     \b
     ckpt config metric.bleu.mode max
