@@ -412,12 +412,20 @@ class Writer:
             change.put_pack(sealed.name, sealed.info)
         for id in sorted(self._made):
             self._put_row(change, id, 0)
+        self._put_ranks(change)
         operations = (*wanted.moves, *wanted.annotations) if won else (wanted.rescue,)
         change.record(wanted.time, wanted.who, wanted.why, operations, wanted.info)
         self._published = True
         return won
 
     _published = False
+
+    def _put_ranks(self, change: Change) -> None:
+        """Note the ranks of the commits made here, of which one may refer to another that was put before."""
+        for id, (kind, payload) in self._objects.items():
+            if kind is Kind.COMMIT:
+                references, _ = unpack_object(payload, child_name(kind, id))
+                change.put_rank(id, [child for below, child in references if below is Kind.COMMIT])
 
     def _put_row(self, change: Change, id: ObjectId, below: int) -> int:
         """Put the row of a record of ours, unless a live one is there; gives its depth.
