@@ -284,6 +284,10 @@ class Snapshot:
         """Pinned commits."""
         return {ObjectId(key) for key, _ in self._items("pins")}
 
+    def is_pinned(self, commit: ObjectId) -> bool:
+        """Whether a commit is pinned."""
+        return self._get("pins", commit) is not None
+
     def drops(self, commit: ObjectId) -> tuple[str, ...] | None:
         """Components that retention took from a commit; () means all of it, None nothing."""
         value = self._get("drops", commit)
