@@ -714,6 +714,11 @@ class Repo:
         self.record(operations, f"note: {', '.join(op.key for op in operations)}")
         return self.notes(commit)
 
+    def metric_names(self) -> set[str]:
+        """The metrics of the newest commit of each branch."""
+        tips = self._open().history.commits(list(dict.fromkeys(self.branches().values())))
+        return {name for tip in tips for name in self.metrics(tip)}
+
     def has_state(self, rev: str | ObjectId | Commit = "HEAD") -> bool:
         """Whether a commit holds a Python state; otherwise it holds files only."""
         from ckptvcs.state import tree as state_trees

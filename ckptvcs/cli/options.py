@@ -104,6 +104,18 @@ def branch_argument(name: str, metavar: str, **more: Any) -> Callable[[_Function
     return click.argument(name, metavar=metavar, shell_complete=complete_branch, **more)
 
 
+def branches_option(help: str) -> Callable[[_Function], _Function]:
+    """Globs of branches."""
+    return click.option(
+        "--branches", "branches", metavar="GLOB", multiple=True, help=help, shell_complete=complete_branch
+    )
+
+
+def complete_metric(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of metrics that begin so: those of the newest commits of each branch."""
+    return _names(ctx, incomplete, lambda repo: sorted(repo.metric_names()))
+
+
 def tag_argument(name: str, metavar: str, **more: Any) -> Callable[[_Function], _Function]:
     """The name of a tag."""
     return click.argument(name, metavar=metavar, shell_complete=_tags, **more)

@@ -255,6 +255,10 @@ def graph_row(
     `texts` gives the commit's lines for the width that is left.
     """
     node, fan, fill, join, wide = row
+    if not node:  # a hidden commit: edges alone
+        for drawn in (*fan, *join):
+            line(_edges(drawn, 0))
+        return
     words = texts(width() - wide - 1)
     beside = [node, *fan] + [fill] * (len(words) - 1 - len(fan))
     words += [""] * (len(beside) - len(words))

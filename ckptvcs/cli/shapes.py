@@ -42,7 +42,9 @@ def decorations(repo: Repo) -> dict[ObjectId, list[str]]:
 
 
 def commit_shape(repo: Repo, commit: Commit, refs: Decorations) -> dict[str, Any]:
-    """A commit. `metrics` has what notes added later, `refs` what points at it."""
+    """A commit. `metrics` has what notes added later, `refs` what points at it; `dropped` names what
+    retention took: components, all of them if it is empty; null if it took nothing."""
+    notes = repo.notes(commit)
     return {
         "id": str(commit.id),
         "tree": str(commit.tree),
@@ -55,7 +57,9 @@ def commit_shape(repo: Repo, commit: Commit, refs: Decorations) -> dict[str, Any
         "message": commit.message,
         "step": commit.step,
         "epoch": commit.epoch,
-        "metrics": repo.metrics(commit),
+        "metrics": notes.metrics,
+        "notes": notes.texts,
+        "dropped": None if notes.dropped is None else list(notes.dropped),
         "config": commit.config,
         "overrides": commit.overrides,
         "environment": commit.environment,

@@ -98,7 +98,8 @@ def matching(patterns: str | Sequence[str], names: Iterable[str], what: str = "b
         else:
             chosen = {name for name in known if name == glob or name.startswith(f"{glob}/")}
         if not chosen:
-            near = difflib.get_close_matches(glob, known, n=3)
+            folders = {name.rpartition("/")[0] for name in known} - {""}
+            near = difflib.get_close_matches(glob, [*known, *sorted(folders)], n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"`ckpt {what}` lists them"
             raise NotFoundError(f"no {what} is called {glob!r}", hint=hint)
         found |= chosen

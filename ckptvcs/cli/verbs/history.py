@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptvcs.cli import output, session, shapes
-from ckptvcs.cli.options import json_option, revision_argument
+from ckptvcs.cli.options import branches_option, complete_revision, json_option, revision_argument
 from ckptvcs.errors import NotFoundError
 
 if TYPE_CHECKING:
     from ckptvcs.history.commit import Commit
+    from ckptvcs.history.log import Told
     from ckptvcs.ids import ObjectId
     from ckptvcs.repo import Repo
     from ckptvcs.store import LogEntry
@@ -22,58 +23,101 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@revision_argument()
+@click.argument("revisions", metavar="[REV...]", nargs=-1, shell_complete=complete_revision)
 @click.option("-n", "count", type=click.IntRange(min=0), metavar="N", help="At most N commits.")
 @click.option("--graph", is_flag=True, help="Draw how the commits hang together.")
 @click.option("--all", "everything", is_flag=True, help="Start from every branch, tag and lost commit.")
+@branches_option("Start from the branches that match, as in 'sweep/*'. Can be repeated.")
+@click.option("--first-parent", is_flag=True, help="Follow first parents alone.")
 @click.option("--oneline", is_flag=True, help="One line per commit.")
+@click.option(
+    "--metric",
+    metavar="CONDITION",
+    multiple=True,
+    help="Only commits whose metric is so: 'val_loss<0.3', 'acc>=0.9', or there at all. Can be repeated.",
+)
+@click.option("--step", metavar="A..B", help="Only commits of these steps: 1000, 1000..2000, 1000.., ..2000.")
+@click.option(
+    "--since", metavar="WHEN", help="Only commits made since: 2d (ago), 2026-03-01, 2026-03-01T12:00."
+)
+@click.option("--until", metavar="WHEN", help="Only commits made until then.")
+@click.option("--author", metavar="REGEX", help="Only commits of these authors.")
+@click.option("--grep", metavar="REGEX", help="Only commits with such a message.")
 @json_option
 def log(
-    revision: str, count: int | None, graph: bool, everything: bool, oneline: bool, as_json: bool
+    revisions: tuple[str, ...],
+    count: int | None,
+    graph: bool,
+    everything: bool,
+    branches: tuple[str, ...],
+    first_parent: bool,
+    oneline: bool,
+    as_json: bool,
+    **filters: Any,
 ) -> None:
     """List commits, with their steps and metrics.
 
     Children come before their parents; clocks decide nothing. A commit whose state does not come from its
-    parent is marked as a fresh start.
+    parent is marked as a fresh start, and one of which retention dropped something as dropped.
+
+    REV may be a range: A..B is what B has and A has not, A...B what one of them has and not both; ^A leaves
+    out what A has. Filters must all fit; upper and lower case are the same to them.
 
     \b
     ckpt log --graph --all
-    ckpt log main@best:val_loss -n 1
+    ckpt log main..exp --oneline
+    ckpt log --branches 'sweep/*' --metric 'val_loss<0.3' --step 1000..2000
     ckpt log --json | jq '.commits[].metrics'
     """
     with session.opened() as repo:
         refs = shapes.decorations(repo)
-        commits = itertools.islice(_chosen(repo, revision, refs, everything), count)
+        found = _chosen(repo, revisions, refs, everything, branches, count, first_parent, filters)
         if as_json:
-            output.data({"commits": [shapes.commit_shape(repo, commit, refs) for commit in commits]})
+            commits = [shapes.commit_shape(repo, told.commit, refs) for told in found if told.shown]
+            output.data({"commits": commits})
             return
         texts = _Texts(repo, refs, oneline)
         if graph:
-            _print_graph(commits, texts)
+            _print_graph(found, texts)
         else:
-            for commit in commits:
-                for line in texts.of(commit, output.width()):
-                    output.line(line)
+            for told in found:
+                if told.shown:
+                    for line in texts.of(told.commit, output.width()):
+                        output.line(line)
 
 
-def _chosen(repo: Repo, revision: str, refs: shapes.Decorations, everything: bool) -> Iterator[Commit]:
-    if not everything:
-        return repo.log(session.resolved(repo, revision))
-    tips = list(refs)
-    if revision != "HEAD":
-        tips.insert(0, session.resolved(repo, revision).id)
-    return repo.log(tips)
+def _chosen(
+    repo: Repo,
+    revisions: Sequence[str],
+    refs: shapes.Decorations,
+    everything: bool,
+    branches: Sequence[str],
+    count: int | None,
+    first_parent: bool,
+    filters: dict[str, Any],
+) -> Iterator[Told]:
+    revs: list[Any] = [session.spelled(repo, text) for text in revisions]
+    if everything:
+        revs += refs
+    elif not revisions and not branches:
+        revs = [session.spelled(repo, "HEAD")]
+    return repo.graph(revs, count, first_parent=first_parent, branches=branches or None, **filters)
 
 
-def _print_graph(commits: Iterable[Commit], texts: _Texts) -> None:
+_LEAST_TEXT = 40
+"""Columns that a graph leaves for texts, whatever the width of the terminal."""
+
+
+def _print_graph(found: Iterable[Told], texts: _Texts) -> None:
     from ckptvcs.history.layout import draw
 
-    drawn, told = itertools.tee(commits)
-    rows = draw((commit.id, commit.parents) for commit in drawn)
-    for row, commit in zip(rows, told, strict=True):
+    drawn, told = itertools.tee(found)
+    widest = max(output.width() - _LEAST_TEXT, 8)
+    rows = draw(((each.commit.id, each.parents, each.shown) for each in drawn), widest)
+    for row, each in zip(rows, told, strict=True):
         output.graph_row(
             (row.node, row.fan, row.fill, row.join, row.width),
-            lambda width, commit=commit: texts.of(commit, width),  # type: ignore[misc]
+            lambda width, commit=each.commit: texts.of(commit, width),  # type: ignore[misc]
         )
 
 
@@ -106,17 +150,19 @@ class _Texts:
         return [" ".join(words), *(f"  {line}" for line in output.wrapped(told, width - 2))]
 
     def _numbers(self, commit: Commit) -> list[str]:
+        from ckptvcs.history.notes import dropped_words
+
+        notes = self._repo.notes(commit)
         words = []
         if commit.step is not None:
             words.append(f"step {commit.step}")
         if commit.epoch is not None:
             words.append(f"epoch {output.number(commit.epoch)}")
-        words += [
-            f"{output.clean(name)}={output.number(value)}"
-            for name, value in self._repo.metrics(commit).items()
-        ]
+        words += [f"{output.clean(name)}={output.number(value)}" for name, value in notes.metrics.items()]
         if commit.fresh_start:
             words.append("[fresh start]")
+        if gone := dropped_words(notes.dropped):
+            words.append(f"[{output.clean(gone)}]")
         return words
 
 
