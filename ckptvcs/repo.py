@@ -29,10 +29,13 @@ from ckptvcs.errors import (
 )
 from ckptvcs.history import notes as noting
 from ckptvcs.history import refs
+from ckptvcs.history.best import Best, best
 from ckptvcs.history.commit import Commit
+from ckptvcs.history.comparison import Comparison, Line, compare
+from ckptvcs.history.curves import Chart, curves
 from ckptvcs.history.filters import Filter, Moment, Steps
 from ckptvcs.history.log import Told, told
-from ckptvcs.history.revision import Revisions
+from ckptvcs.history.revision import Revisions, range_of
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.opened import Opened
 from ckptvcs.opening import Environment, default_author, find, make_folders
@@ -713,6 +716,50 @@ class Repo:
         operations = noting.changes(commit, self.notes(commit), metrics, texts, remove)
         self.record(operations, f"note: {', '.join(op.key for op in operations)}")
         return self.notes(commit)
+
+    def best(self, metric: str, *, branches: str | Sequence[str] | None = None, n: int = 1) -> list[Best]:
+        """The `n` best commits by a metric over all branches, or over those that globs name; best first.
+
+        Notes count. NaN never wins; of equal values the oldest is best (docs/concepts: metrics).
+        NotFoundError if no commit has that metric; InvalidError if nobody said which values are better.
+        """
+        chosen = self._chosen(branches)
+        return best(self._open().history, chosen, metric, self.metric_mode, self.metrics, n)
+
+    def _chosen(self, branches: str | Sequence[str] | None) -> dict[str, ObjectId]:
+        """Branches by globs, the handle's own first."""
+        known = self.branches()
+        names = list(known) if branches is None else refs.matching(branches, known)
+        names.sort(key=lambda name: name != self.branch_name)
+        return {name: known[name] for name in names}
+
+    def compare(self, *revs: str) -> Comparison:
+        """Branches or other revisions side by side, since the newest commit that all of them have.
+
+        Args:
+            revs: two or more revisions, ranges ('A..B' is B's line behind A), or globs of branches.
+
+        Reads commits only, no content.
+        """
+        opened = self._open()
+        known = self.branches()
+        lines: list[Line] = []
+        for rev in revs:
+            sides = range_of(rev)
+            if sides is not None and sides[1] == "..":
+                left, right = (self._revisions.resolve(side or refs.HEAD) for side in sides[::2])
+                lines.append(Line(rev, right, left))
+            elif any(sign in rev for sign in "*?["):
+                lines += [Line(name, known[name]) for name in refs.matching(rev, known)]
+            else:
+                lines.append(Line(rev, self._revisions.resolve(rev)))
+        lines = list({line.name: line for line in lines}.values())
+        return compare(opened.history, lines, self.metrics, self.metric_mode)
+
+    def curves(self, metric: str, *, branches: str | Sequence[str] | None = None) -> Chart:
+        """A metric along the first parents of all branches, or of those that globs name; what they share is
+        part of one curve only, the first. `ckptvcs.charts` draws it."""
+        return curves(self._open().history, self._chosen(branches), metric, self.metrics)
 
     def metric_names(self) -> set[str]:
         """The metrics of the newest commit of each branch."""

@@ -179,6 +179,15 @@ def fitted(text: str, room: int) -> str:
     return text[: max(room, 20) - 1] + "…"
 
 
+def is_plain() -> bool:
+    """Whether block characters have no place: the encoding of standard output lacks them."""
+    try:
+        "▁×█".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return True
+    return False
+
+
 def width() -> int:
     """Columns of the terminal, or 80."""
     return shutil.get_terminal_size((80, 24)).columns
