@@ -66,6 +66,27 @@ def complete_revision(ctx: click.Context, param: click.Parameter, incomplete: st
     return _names(ctx, incomplete, lambda repo: ["HEAD", *repo.branches(), *repo.tags(), *repo.lost()])
 
 
+def complete_revision_and_name(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Revisions that begin so; behind REV: the names in its commit, a component at a time."""
+    from ckptvcs.history.revision import split_name
+    from ckptvcs.state import paths
+
+    revision, name = split_name(incomplete)
+    if name is None:
+        return complete_revision(ctx, param, incomplete)
+    depth = len(paths.split(f"{name}x"))
+
+    def names_of(repo: Repo) -> list[str]:
+        found = dict.fromkeys(
+            "/".join(parts[:depth]) + ("/" if len(parts) > depth else "")
+            for entry in repo.entries(revision or "HEAD")
+            for parts in [paths.split(entry.path)]
+        )
+        return [f"{revision}:{each}" for each in found]
+
+    return _names(ctx, incomplete, names_of)
+
+
 def complete_path(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Files and folders: the shell knows them."""
     return [CompletionItem(incomplete, type="file")]

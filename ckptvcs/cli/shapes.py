@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ckptvcs.state.compare import Change
     from ckptvcs.state.export import ExportReport
     from ckptvcs.state.files import FileEntry
+    from ckptvcs.state.statistics import Statistics
     from ckptvcs.state.tree import Entry
     from ckptvcs.store import LogEntry
 
@@ -90,6 +91,22 @@ def entry_shape(entry: Entry) -> dict[str, Any]:
         "chunks": entry.chunks,
         "preview": entry.preview,
         "parameter": entry.parameter or None,
+    }
+
+
+def statistics_shape(found: Statistics) -> dict[str, Any]:
+    """What a tensor's numbers are like."""
+    return {
+        "count": found.count,
+        "min": found.minimum,
+        "max": found.maximum,
+        "mean": found.mean,
+        "std": found.std,
+        "zeros": found.zeros,
+        "nan": found.nan,
+        "positive_inf": found.positive_inf,
+        "negative_inf": found.negative_inf,
+        "histogram": list(found.histogram),
     }
 
 

@@ -281,6 +281,15 @@ def range_of(text: str) -> tuple[str, str, str] | None:
     return (left, dots, right) if dots else None
 
 
+def split_name(text: str) -> tuple[str, str | None]:
+    """`REV:NAME` as revision and name, the name None without a colon of its own: those in `@step:N` and
+    `@best:METRIC` belong to the revision, unless another follows."""
+    for found in re.finditer(":", text):
+        if not text[: found.start()].endswith(("@step", "@best")):
+            return text[: found.start()], text[found.end() :]
+    return text, None
+
+
 def _split(text: str) -> tuple[str, list[dict[str, str | None]]]:
     """The base and the suffixes of a revision."""
     start = len(text)
