@@ -71,9 +71,11 @@ class _Scale:
         self._log = log
         shown = [self._inner(value) for value in values if self.fits(value)]
         low, high = min(shown), max(shown)
-        if low == high:
-            pad = abs(low) / 10 or 1.0
+        if low / 2 == high / 2:  # also two numbers that have nothing between them
+            pad = 1.0 if log else abs(low) / 10 or 1.0
             low, high = low - pad, high + pad
+        if log:  # powers of ten that there are
+            low, high = max(low, -323.0), min(high, 308.0)
         self.low, self.high, self._length = low, high, length
 
     def _inner(self, value: float) -> float:
@@ -96,6 +98,8 @@ class _Scale:
             return [10.0**e for e in range(math.ceil(self.low), math.floor(self.high) + 1, every)]
         low, high = (10.0**self.low, 10.0**self.high) if self._log else (self.low, self.high)
         rough = (high / 6) - (low / 6)
+        if rough < 1e-300:  # too close to zero for round numbers between them
+            return [low, high]
         unit = 10.0 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
         first = math.ceil(low / step)

@@ -737,7 +737,8 @@ class Repo:
         """Branches or other revisions side by side, since the newest commit that all of them have.
 
         Args:
-            revs: two or more revisions, ranges ('A..B' is B's line behind A), or globs of branches.
+            revs: two or more revisions, ranges ('A..B' is B's line behind A), or globs of branches; a name
+                with branches below it stands for them.
 
         Reads commits only, no content.
         """
@@ -749,7 +750,7 @@ class Repo:
             if sides is not None and sides[1] == "..":
                 left, right = (self._revisions.resolve(side or refs.HEAD) for side in sides[::2])
                 lines.append(Line(rev, right, left))
-            elif any(sign in rev for sign in "*?["):
+            elif any(sign in rev for sign in "*?[") or any(name.startswith(f"{rev}/") for name in known):
                 lines += [Line(name, known[name]) for name in refs.matching(rev, known)]
             else:
                 lines.append(Line(rev, self._revisions.resolve(rev)))

@@ -104,10 +104,12 @@ class Comparison:
 
 
 def scale(found: Comparison, metric: str) -> tuple[float, float]:
-    """The least and the greatest finite value of a metric over all lines; (0, 0) if there is none."""
+    """The least and the greatest finite value of a metric over all lines; (0, 0) if there is none. A line
+    that is shown by its tip alone counts only where all are: it would flatten the others."""
+    lines = [side for side in found.sides if side.commits] or found.sides
     values = [
         point.value
-        for side in found.sides
+        for side in lines
         if metric in side.series
         for point in side.series[metric].points
         if math.isfinite(point.value)

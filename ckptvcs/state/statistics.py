@@ -124,6 +124,9 @@ class _Gathered:
                 mean = float((numbers / count).sum())
             centred = numbers - mean
             squares = float(np.dot(centred, centred))
+        if not self.finite:
+            self.finite, self.mean, self.squares = count, mean, squares
+            return
         total = self.finite + count
         # Halved, so that the distance of two means cannot overflow.
         half = mean / 2 - self.mean / 2
