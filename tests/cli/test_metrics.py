@@ -126,7 +126,7 @@ def test_best(sweep: Path) -> None:
 
 def test_note(repo: Repo, folder: Path) -> None:
     commit(repo, 1, 0.5, 0.1)
-    assert "has no notes" in ckpt(folder, "note").out
+    assert ckpt(folder, "note").out.splitlines()[1:] == ["  no notes"]
     done = ckpt(folder, "note", "main", "--metric", "mmlu=0.41", "--text", "verdict=good\x1b", "--json")
     assert set(done.json) == {"commit", "metrics", "notes", "added"}
     assert done.json["metrics"] == {"val_loss": 0.5, "score": 1, "mmlu": 0.41}

@@ -74,8 +74,8 @@ def note(
         return
     rows = [(name, output.number(value)) for name, value in added.items()]
     rows += [(name, output.clean(text)) for name, text in found.texts.items()]
-    output.line(f"{output.paint(commit.id.short, fg='yellow')} {'has' if rows else 'has no notes'}".strip())
-    output.fields((f"  {output.clean(name)}", value) for name, value in rows)
+    output.line(f"{output.paint(commit.id.short, fg='yellow')} {output.clean(commit.title)}".rstrip())
+    output.fields((f"  {output.clean(name)}", value) for name, value in rows or [("no notes", "")])
 
 
 def _notes_shape(found: Notes) -> dict[str, Any]:
