@@ -635,6 +635,7 @@ class Repo:
         n: int | None = None,
         *,
         first_parent: bool = False,
+        brief: bool = False,
         branches: str | Sequence[str] | None = None,
         metric: str | Sequence[str] = (),
         step: Steps | None = None,
@@ -651,6 +652,8 @@ class Repo:
                 revisions); HEAD if neither this nor `branches` is given.
             n: the most commits to give.
             first_parent: follow first parents alone: one line of commits, from one revision.
+            brief: only commits at which something happens: where a line ends, begins, parts or joins, fresh
+                starts, and those that refs point at.
             branches: globs of branches to begin at, too.
             metric: conditions such as 'val_loss<0.3', on metrics with their notes.
             step: '1000..2000', a number, or a pair.
@@ -658,8 +661,8 @@ class Repo:
             author, grep: regular expressions for author and message; case is the same.
         """
         told = self.graph(
-            rev, n, first_parent=first_parent, branches=branches, metric=metric, step=step, since=since,
-            until=until, author=author, grep=grep,
+            rev, n, first_parent=first_parent, brief=brief, branches=branches, metric=metric, step=step,
+            since=since, until=until, author=author, grep=grep,
         )  # fmt: skip
         return (commit for commit, _, shown in told if shown)
 
@@ -669,10 +672,11 @@ class Repo:
         n: int | None = None,
         *,
         first_parent: bool = False,
+        brief: bool = False,
         branches: str | Sequence[str] | None = None,
         **filters: Any,
     ) -> Iterator[Told]:
-        """Like `log`, each commit with its parents, and those between that no filter matches, hidden."""
+        """Like `log`, each commit with its parents, and those between that are not asked for, hidden."""
         opened = self._open()
         chosen = Filter.parse(self.disk.now_ns(), **filters)
         if rev is None:
@@ -682,7 +686,17 @@ class Repo:
         if branches is not None:
             known = self.branches()
             tips += [known[name] for name in refs.matching(branches, known)]
-        return told(opened.history, tips, without, chosen, self.metrics, most=n, first_parent=first_parent)
+        named = {id for found in (self.branches(), self.tags(), self.lost()) for id in found.values()}
+        return told(
+            opened.history,
+            tips,
+            without,
+            chosen,
+            self.metrics,
+            most=n,
+            first_parent=first_parent,
+            brief=named if brief else None,
+        )
 
     def metrics(self, commit: Commit) -> dict[str, Any]:
         """A commit's metrics together with those that notes added later."""

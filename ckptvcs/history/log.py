@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from ckptvcs.errors import InvalidError
@@ -18,7 +18,7 @@ class Told(NamedTuple):
 
     Attributes:
         parents: those of its parents that follow, in the log or hidden.
-        shown: False for one that only connects others: a filter does not match it.
+        shown: False for one that only connects others: it was not asked for.
     """
 
     commit: Commit
@@ -35,12 +35,17 @@ def told(
     *,
     most: int | None = None,
     first_parent: bool = False,
+    brief: Set[ObjectId] | None = None,
 ) -> Iterator[Told]:
     """Commits reachable from the tips and not from those `without`, children before parents; at most `most`
-    that the filter matches. Nothing is read behind the last of them."""
+    that the filter matches. Nothing is read behind the last of them.
+
+    With `brief`, only commits at which something happens are shown: those where a line ends, begins, parts or
+    joins, fresh starts, and the commits that `brief` names.
+    """
     if first_parent and len(dict.fromkeys(tips)) != 1:
         raise InvalidError("first_parent follows one revision, not several")
-    return _told(history, tips, without, chosen, metrics, most, first_parent)
+    return _told(history, tips, without, chosen, metrics, most, first_parent, brief)
 
 
 def _told(
@@ -51,13 +56,21 @@ def _told(
     metrics: Callable[[Commit], Mapping[str, Any]],
     most: int | None,
     first_parent: bool,
+    brief: Set[ObjectId] | None,
 ) -> Iterator[Told]:
     if most is not None and most <= 0:
         return
     visits = _line(history, tips[0], without) if first_parent else history.visits(tips, without)
     count = 0
+    children: dict[ObjectId, int] = {}
     for commit, parents in visits:
-        shown = chosen.matches(commit, metrics)
+        happens = True
+        if brief is not None:
+            alone = children.pop(commit.id, 0) == len(parents) == 1
+            happens = not alone or commit.fresh_start or commit.id in brief
+            for parent in parents:
+                children[parent] = children.get(parent, 0) + 1
+        shown = happens and chosen.matches(commit, metrics)
         count += shown
         yield Told(commit, parents, shown)
         if count == most:

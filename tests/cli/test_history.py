@@ -237,6 +237,25 @@ def test_log_graph_of_branches(sweep: Path) -> None:
     )
 
 
+def test_log_in_brief_tells_where_something_happens(sweep: Path) -> None:
+    done = ckpt(sweep, "log", "--graph", "--all", "--brief", "--oneline")
+    assert (
+        without_ids(done.out).rstrip()
+        == r"""
+* ######## (sweep/lr0.3) anew  step 1  val_loss=0.5  [fresh start]
+| * ######## (sweep/lr0.1) try 0.1  step 4  val_loss=0.025  acc=0
+|/
+| * ######## (sweep/lr0.2) try 0.2  step 4  val_loss=0.05  acc=0.333333
+|/
+* ######## (HEAD -> main) warm 2  step 2  val_loss=0.5
+* ######## warm 1  step 1  val_loss=1
+""".strip("\n")
+    )
+    with Repo.open(sweep) as repo:
+        assert [c.message for c in repo.log("sweep/lr0.1", brief=True)] == ["try 0.1", "warm 2", "warm 1"]
+        assert [c.message for c in repo.log("main..sweep/lr0.2", brief=True)] == ["try 0.2", "try 0.2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 @click.option("--all", "everything", is_flag=True, help="Start from every branch, tag and lost commit.")
 @branches_option("Start from the branches that match, as in 'sweep/*'. Can be repeated.")
 @click.option("--first-parent", is_flag=True, help="Follow first parents alone.")
+@click.option(
+    "--brief",
+    is_flag=True,
+    help="Only commits at which something happens: where lines end, begin, part or join, fresh starts, refs.",
+)
 @click.option("--oneline", is_flag=True, help="One line per commit.")
 @click.option(
     "--metric",
@@ -53,10 +58,9 @@ def log(
     graph: bool,
     everything: bool,
     branches: tuple[str, ...],
-    first_parent: bool,
     oneline: bool,
     as_json: bool,
-    **filters: Any,
+    **chosen: Any,
 ) -> None:
     """List commits, with their steps and metrics.
 
@@ -68,13 +72,14 @@ def log(
 
     \b
     ckpt log --graph --all
+    ckpt log --graph --all --brief --oneline
     ckpt log main..exp --oneline
     ckpt log --branches 'sweep/*' --metric 'val_loss<0.3' --step 1000..2000
     ckpt log --json | jq '.commits[].metrics'
     """
     with session.opened() as repo:
         refs = shapes.decorations(repo)
-        found = _chosen(repo, revisions, refs, everything, branches, count, first_parent, filters)
+        found = _chosen(repo, revisions, refs, everything, branches, count, chosen)
         if as_json:
             commits = [shapes.commit_shape(repo, told.commit, refs) for told in found if told.shown]
             output.data({"commits": commits})
@@ -96,15 +101,14 @@ def _chosen(
     everything: bool,
     branches: Sequence[str],
     count: int | None,
-    first_parent: bool,
-    filters: dict[str, Any],
+    chosen: dict[str, Any],
 ) -> Iterator[Told]:
     revs: list[Any] = [session.spelled(repo, text) for text in revisions]
     if everything:
         revs += refs
     elif not revisions and not branches:
         revs = [session.spelled(repo, "HEAD")]
-    return repo.graph(revs, count, first_parent=first_parent, branches=branches or None, **filters)
+    return repo.graph(revs, count, branches=branches or None, **chosen)
 
 
 _LEAST_TEXT = 40
