@@ -761,7 +761,9 @@ class Repo:
         lines: list[Line] = []
         for rev in revs:
             sides = range_of(rev)
-            if sides is not None and sides[1] == "..":
+            if sides is not None and sides[1] == "...":
+                raise InvalidError(f"{rev!r} is no line of commits", hint="name its sides apart, or use A..B")
+            if sides is not None:
                 left, right = (self._revisions.resolve(side or refs.HEAD) for side in sides[::2])
                 lines.append(Line(rev, right, left))
             elif any(sign in rev for sign in "*?[") or any(name.startswith(f"{rev}/") for name in known):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ckptvcs.errors import NotFoundError
-from ckptvcs.history.commit import Commit
+from ckptvcs.history.commit import Commit, in_float
 from ckptvcs.history.graph import History
 from ckptvcs.ids import ObjectId
 
@@ -52,7 +52,7 @@ def best(
             found = metrics(commit)
             seen_names.update(found)
             value: Any = found.get(metric)
-            if type(value) in (int, float) and not math.isnan(value):
+            if type(value) in (int, float) and not math.isnan(in_float(value)):
                 revision = commit.id.short if branch is None else f"{branch}~{back}" if back else branch
                 yield Best(commit, value, revision, branch)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ckptvcs.errors import InvalidError
-from ckptvcs.history.commit import Commit
+from ckptvcs.history.commit import Commit, in_float
 from ckptvcs.history.graph import History
 from ckptvcs.ids import ObjectId
 
@@ -49,7 +49,7 @@ class Series:
     @property
     def best(self) -> Point | None:
         """The best value, of equal ones the oldest; None if all are NaN or if the mode is not known."""
-        numbers = [point for point in self.points if not math.isnan(point.value)]
+        numbers = [point for point in self.points if not math.isnan(in_float(point.value))]
         if not numbers or self.mode is None:
             return None
         choose = min if self.mode == "min" else max
@@ -108,11 +108,11 @@ def scale(found: Comparison, metric: str) -> tuple[float, float]:
     that is shown by its tip alone counts only where all are: it would flatten the others."""
     lines = [side for side in found.sides if side.commits] or found.sides
     values = [
-        point.value
+        in_float(point.value)
         for side in lines
         if metric in side.series
         for point in side.series[metric].points
-        if math.isfinite(point.value)
+        if math.isfinite(in_float(point.value))
     ]
     return min(values, default=0.0), max(values, default=0.0)
 

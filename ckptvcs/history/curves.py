@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptvcs.errors import NotFoundError
-from ckptvcs.history.commit import Commit
+from ckptvcs.history.commit import Commit, in_float
 from ckptvcs.history.graph import History
 from ckptvcs.ids import ObjectId
 
@@ -79,7 +79,7 @@ def curves(
         for id, step, value in reversed(own):
             depth += 1
             if value is not None:
-                place = _Place(depth, step, float(value))
+                place = _Place(depth, step, in_float(value))
                 places.append(place)
             depths[id], last_place[id] = depth, place
         found.append((name, places, anchor))

@@ -190,6 +190,16 @@ def test_compare_refuses(forked: tuple[Repo, dict[str, list[Commit]]]) -> None:
             repo.compare(*revs)
     with pytest.raises(NotFoundError):
         repo.compare("main", "nope/*")
+    with pytest.raises(InvalidError, match="no line of commits"):
+        repo.compare("main...sweep/a", "main")
+
+
+def test_whole_numbers_beyond_floats(repo: Repo) -> None:
+    made = train(repo, 10**400, -(10**400), 1.0)
+    assert [each.value for each in repo.best("val_loss", n=3)] == [-(10**400), 1.0, 10**400]
+    assert repo.compare("main", "main~1").sides[0].series["val_loss"].best is not None
+    assert [value for _, value in repo.curves("val_loss").curves[0].points] == [math.inf, -math.inf, 1.0]
+    assert [c.id for c in repo.log(metric="val_loss>1e308")] == [made[0].id]
 
 
 def test_configs_tell_kinds_apart_and_nothing_from_empty(repo: Repo) -> None:

@@ -220,6 +220,7 @@ def _table_width(rows: Sequence[Sequence[str]]) -> int:
 
 def _print_metric(found: Comparison, name: str) -> None:
     from ckptvcs.history.blocks import sparkline
+    from ckptvcs.history.commit import in_float
     from ckptvcs.history.comparison import scale
 
     mode = next((s.series[name].mode for s in found.sides if name in s.series), None)
@@ -231,7 +232,9 @@ def _print_metric(found: Comparison, name: str) -> None:
             rows.append((side.name, "-", "", "", ""))
             continue
         best = series.best
-        curve = sparkline([p.value for p in series.points], _CURVE, low, high, plain=output.is_plain())
+        curve = sparkline(
+            [in_float(p.value) for p in series.points], _CURVE, low, high, plain=output.is_plain()
+        )
         rows.append(
             (
                 side.name,
