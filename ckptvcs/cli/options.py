@@ -62,8 +62,14 @@ def _names(ctx: click.Context, incomplete: str, names_of: Callable[[Repo], list[
 
 
 def complete_revision(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Revisions that begin so."""
-    return _names(ctx, incomplete, lambda repo: ["HEAD", *repo.branches(), *repo.tags(), *repo.lost()])
+    """Revisions that begin so, also behind `A..` and `^`."""
+    dots = incomplete.rfind("..")
+    before = incomplete[: dots + 2] if dots >= 0 else "^" * incomplete.startswith("^")
+
+    def names_of(repo: Repo) -> list[str]:
+        return [before + name for name in ("HEAD", *repo.branches(), *repo.tags(), *repo.lost())]
+
+    return _names(ctx, incomplete, names_of)
 
 
 def complete_revision_and_name(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

@@ -180,7 +180,7 @@ class _Texts:
 @click.argument("what", metavar="[REV[:NAME]]", default="HEAD", shell_complete=complete_revision_and_name)
 @json_option
 def show(what: str, as_json: bool) -> None:
-    """Tell everything about a commit, or what a part of its content is.
+    """Tell everything about a commit, or about a part of it.
 
     With a NAME below it: what a tree holds; of a tensor its dtype, shape and chunks, and what its numbers are
     like, in float64 and over finite ones: least, greatest, mean, standard deviation, how many are zero, NaN

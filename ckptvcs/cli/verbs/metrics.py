@@ -52,7 +52,7 @@ def note(
     remove: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Add metrics and texts to a commit that was made, or show what was added.
+    """Add metrics and texts to a commit, or show them.
 
     log, best, compare, plot, @best and retention read them like the commit's own. A note of the name of a
     metric that the commit has itself takes its place, until it is removed. The commit does not change.
@@ -142,7 +142,9 @@ _CURVE = 24
               shell_complete=complete_metric)  # fmt: skip
 @json_option
 def compare(revisions: tuple[str, ...], metrics: tuple[str, ...], as_json: bool) -> None:
-    """Put branches side by side: what their configs differ in, and how their metrics went.
+    """Put branches side by side: configs and metrics.
+
+    Tells what the configs of their newest commits differ in, and how their metrics went.
 
     REV is a branch or another revision, a range (A..B is B's line behind A), or a glob of branches. Metrics
     are told along first parents, from behind the newest commit that all of them have: the last value, the
@@ -306,7 +308,7 @@ def _comparison_shape(found: Comparison, names: Sequence[str]) -> dict[str, Any]
 def plot(
     metric: str, branches: tuple[str, ...], out: str, log_scale: bool, force: bool, as_json: bool
 ) -> None:
-    """Draw the curves of a metric, a branch each, as SVG or PNG.
+    """Draw the curves of a metric, a branch each.
 
     Each branch is drawn along first parents from where it was forked; what several share is drawn once, as
     part of the first of them. From left to right are steps, or commits where one has no step. PNG needs
