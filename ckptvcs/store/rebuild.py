@@ -103,8 +103,8 @@ def rebuild(
         for id in dangling:
             del rows[id]
         with index.change() as change:
-            for id, below in _commits_first_below(references, rows):
-                change.put_rank(id, below)
+            for id, refers in _commits_first_below(references, rows):
+                change.put_rank(id, refers)
         if not entries:
             with index.change() as change:
                 entry = change.record(disk.now_ns(), "ckpt", "rebuild", _rescued(references, rows))

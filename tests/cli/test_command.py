@@ -257,7 +257,7 @@ def test_completion_scripts(tmp_path: Path, shell: str) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("ckpt s", ["show", "switch", "status"]),
+        ("ckpt sh", ["show"]),
         ("ckpt switch ", ["main", "other"]),
         ("ckpt show ", ["HEAD", "main", "other", "v1"]),
         ("ckpt show main:", ["main:model/", "main:step", "main:name"]),
