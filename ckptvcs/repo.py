@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from ckptvcs import config as settings
 from ckptvcs.committing import Committer
@@ -28,9 +27,15 @@ from ckptvcs.errors import (
     NoRepositoryError,
     NotFoundError,
 )
+from ckptvcs.history import notes as noting
 from ckptvcs.history import refs
+from ckptvcs.history.best import Best, best
 from ckptvcs.history.commit import Commit
-from ckptvcs.history.revision import Revisions
+from ckptvcs.history.comparison import Comparison, Line, compare
+from ckptvcs.history.curves import Chart, curves
+from ckptvcs.history.filters import Filter, Moment, Steps
+from ckptvcs.history.log import Told, told
+from ckptvcs.history.revision import Revisions, range_of
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.opened import Opened
 from ckptvcs.opening import (
@@ -57,6 +62,9 @@ if TYPE_CHECKING:
     from ckptvcs.state import files as file_trees
     from ckptvcs.state import tree as state_trees
     from ckptvcs.state.lazy import LazyTensor
+
+Revs: TypeAlias = str | ObjectId | Commit | Sequence[str | ObjectId | Commit]
+"""A revision or a range, or several of them."""
 
 _log = logging.getLogger("ckptvcs")
 _RETRIES: Final = 10
@@ -671,27 +679,157 @@ class Repo:
 
     def log(
         self,
-        rev: str | ObjectId | Commit | Sequence[str | ObjectId | Commit] = "HEAD",
+        rev: Revs | None = None,
         n: int | None = None,
         *,
         first_parent: bool = False,
+        brief: bool = False,
+        branches: str | Sequence[str] | None = None,
+        metric: str | Sequence[str] = (),
+        step: Steps | None = None,
+        since: Moment | None = None,
+        until: Moment | None = None,
+        author: str | None = None,
+        grep: str | None = None,
     ) -> Iterator[Commit]:
-        """Commits reachable from a revision, or from several, children before parents; at most `n`.
+        """Commits reachable from a revision, or from several, children before parents; at most `n`. They
+        are read as they are asked for.
 
-        `first_parent` follows first parents alone: one line of commits, from one revision.
+        Args:
+            rev: a revision, a range ('A..B', 'A...B'), or several of these and of '^A' (docs/concepts:
+                revisions); HEAD if neither this nor `branches` is given.
+            n: the most commits to give.
+            first_parent: follow first parents alone: one line of commits, from one revision.
+            brief: only commits at which something happens: where a line ends, begins, parts or joins, fresh
+                starts, and those that refs point at.
+            branches: globs of branches to begin at, too.
+            metric: conditions such as 'val_loss<0.3', on metrics with their notes.
+            step: '1000..2000', a number, or a pair.
+            since, until: when the commit was made: '2d' ago, a date, a datetime, a timedelta ago.
+            author, grep: regular expressions for author and message; case is the same.
         """
+        told = self.graph(
+            rev, n, first_parent=first_parent, brief=brief, branches=branches, metric=metric, step=step,
+            since=since, until=until, author=author, grep=grep,
+        )  # fmt: skip
+        return (commit for commit, _, shown in told if shown)
+
+    def graph(
+        self,
+        rev: Revs | None = None,
+        n: int | None = None,
+        *,
+        first_parent: bool = False,
+        brief: bool = False,
+        branches: str | Sequence[str] | None = None,
+        **filters: Any,
+    ) -> Iterator[Told]:
+        """Like `log`, each commit with its parents, and those between that are not asked for, hidden."""
         opened = self._open()
+        chosen = Filter.parse(self.disk.now_ns(), **filters)
+        if rev is None:
+            rev = "HEAD" if branches is None else ()
         revs = [rev] if isinstance(rev, (str, ObjectId, Commit)) else rev
-        tips = [self._revisions.resolve(each) for each in revs]
-        if first_parent and len(tips) != 1:
-            raise InvalidError("first_parent follows one revision, not several")
-        found = opened.history.first_parents(tips[0]) if first_parent else opened.history.walk(tips)
-        yield from itertools.islice(found, n)
+        tips, without = self._revisions.resolve_all(revs)
+        if branches is not None:
+            known = self.branches()
+            tips += [known[name] for name in refs.matching(branches, known)]
+        named = {id for found in (self.branches(), self.tags(), self.lost()) for id in found.values()}
+        return told(
+            opened.history,
+            tips,
+            without,
+            chosen,
+            self.metrics,
+            most=n,
+            first_parent=first_parent,
+            brief=named if brief else None,
+        )
 
     def metrics(self, commit: Commit) -> dict[str, Any]:
         """A commit's metrics together with those that notes added later."""
         self._open()
         return self._revisions.metrics(commit)
+
+    def notes(self, rev: str | ObjectId | Commit = "HEAD") -> noting.Notes:
+        """What is known of a commit beside what it holds: metrics with those added later, texts, what
+        retention dropped, whether it is pinned."""
+        return noting.of(self._store, self.resolve(rev))
+
+    def annotate(
+        self,
+        rev: str | ObjectId | Commit = "HEAD",
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        texts: Mapping[str, str] | None = None,
+        remove: str | Iterable[str] = (),
+    ) -> noting.Notes:
+        """Note something of a commit that was made: durable on return, gives all that is noted then.
+
+        Args:
+            rev: which commit.
+            metrics: numbers by name. One that the commit has itself is hidden by the note.
+            texts: texts by name.
+            remove: names of notes to take away.
+
+        InvalidError for names and values that cannot be notes; NotFoundError for a removal of nothing.
+        """
+        commit = self.resolve(rev)
+        operations = noting.changes(commit, self.notes(commit), metrics, texts, remove)
+        self.record(operations, f"note: {', '.join(op.key for op in operations)}")
+        return self.notes(commit)
+
+    def best(self, metric: str, *, branches: str | Sequence[str] | None = None, n: int = 1) -> list[Best]:
+        """The `n` best commits by a metric over all branches, or over those that globs name; best first.
+
+        Notes count. NaN never wins; of equal values the oldest is best (docs/concepts: metrics).
+        NotFoundError if no commit has that metric; InvalidError if nobody said which values are better.
+        """
+        chosen = self._chosen(branches)
+        return best(self._open().history, chosen, metric, self.metric_mode, self.metrics, n)
+
+    def _chosen(self, branches: str | Sequence[str] | None) -> dict[str, ObjectId]:
+        """Branches by globs, the handle's own first."""
+        known = self.branches()
+        names = list(known) if branches is None else refs.matching(branches, known)
+        names.sort(key=lambda name: name != self.branch_name)
+        return {name: known[name] for name in names}
+
+    def compare(self, *revs: str) -> Comparison:
+        """Branches or other revisions side by side, since the newest commit that all of them have.
+
+        Args:
+            revs: two or more revisions, ranges ('A..B' is B's line behind A), or globs of branches; a name
+                with branches below it stands for them.
+
+        Reads commits only, no content.
+        """
+        opened = self._open()
+        known = self.branches()
+        lines: list[Line] = []
+        for rev in revs:
+            sides = range_of(rev)
+            if sides is not None and sides[1] == "...":
+                raise InvalidError(f"{rev!r} is no line of commits", hint="name its sides apart, or use A..B")
+            if sides is not None:
+                left, right = (self._revisions.resolve(side or refs.HEAD) for side in sides[::2])
+                lines.append(Line(rev, right, left))
+            elif any(sign in rev for sign in "*?[") or any(name.startswith(f"{rev}/") for name in known):
+                lines += [Line(name, known[name]) for name in refs.matching(rev, known)]
+            else:
+                lines.append(Line(rev, self._revisions.resolve(rev)))
+        lines = list({line.name: line for line in lines}.values())
+        return compare(opened.history, lines, self.metrics, self.metric_mode)
+
+    def curves(self, metric: str, *, branches: str | Sequence[str] | None = None) -> Chart:
+        """A metric along the first parents of all branches, or of those that globs name; what they share is
+        part of one curve only, the first. `ckptvcs.charts` draws it."""
+        return curves(self._open().history, self._chosen(branches), metric, self.metrics)
+
+    def metric_names(self) -> set[str]:
+        """The metrics of the newest commit of each branch."""
+        tips = self._open().history.commits(list(dict.fromkeys(self.branches().values())))
+        return {name for tip in tips for name in self.metrics(tip)}
 
     def has_state(self, rev: str | ObjectId | Commit = "HEAD") -> bool:
         """Whether a commit holds a Python state; otherwise it holds files only."""

@@ -62,8 +62,35 @@ def _names(ctx: click.Context, incomplete: str, names_of: Callable[[Repo], list[
 
 
 def complete_revision(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Revisions that begin so."""
-    return _names(ctx, incomplete, lambda repo: ["HEAD", *repo.branches(), *repo.tags(), *repo.lost()])
+    """Revisions that begin so, also behind `A..` and `^`."""
+    dots = incomplete.rfind("..")
+    before = incomplete[: dots + 2] if dots >= 0 else "^" * incomplete.startswith("^")
+
+    def names_of(repo: Repo) -> list[str]:
+        return [before + name for name in ("HEAD", *repo.branches(), *repo.tags(), *repo.lost())]
+
+    return _names(ctx, incomplete, names_of)
+
+
+def complete_revision_and_name(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Revisions that begin so; behind REV: the names in its commit, a component at a time."""
+    from ckptvcs.history.revision import split_name
+    from ckptvcs.state import paths
+
+    revision, name = split_name(incomplete)
+    if name is None:
+        return complete_revision(ctx, param, incomplete)
+    depth = len(paths.split(f"{name}x"))
+
+    def names_of(repo: Repo) -> list[str]:
+        found = dict.fromkeys(
+            "/".join(parts[:depth]) + ("/" if len(parts) > depth else "")
+            for entry in repo.entries(revision or "HEAD")
+            for parts in [paths.split(entry.path)]
+        )
+        return [f"{revision}:{each}" for each in found]
+
+    return _names(ctx, incomplete, names_of)
 
 
 def complete_path(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -102,6 +129,18 @@ def revision_argument(*, required: bool = False) -> Callable[[_Function], _Funct
 def branch_argument(name: str, metavar: str, **more: Any) -> Callable[[_Function], _Function]:
     """The name of a branch."""
     return click.argument(name, metavar=metavar, shell_complete=complete_branch, **more)
+
+
+def branches_option(help: str) -> Callable[[_Function], _Function]:
+    """Globs of branches."""
+    return click.option(
+        "--branches", "branches", metavar="GLOB", multiple=True, help=help, shell_complete=complete_branch
+    )
+
+
+def complete_metric(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of metrics that begin so: those of the newest commits of each branch."""
+    return _names(ctx, incomplete, lambda repo: sorted(repo.metric_names()))
 
 
 def tag_argument(name: str, metavar: str, **more: Any) -> Callable[[_Function], _Function]:

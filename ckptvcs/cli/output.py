@@ -179,6 +179,15 @@ def fitted(text: str, room: int) -> str:
     return text[: max(room, 20) - 1] + "…"
 
 
+def is_plain() -> bool:
+    """Whether block characters have no place: the encoding of standard output lacks them."""
+    try:
+        "▁×█".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return True
+    return False
+
+
 def width() -> int:
     """Columns of the terminal, or 80."""
     return shutil.get_terminal_size((80, 24)).columns
@@ -255,6 +264,10 @@ def graph_row(
     `texts` gives the commit's lines for the width that is left.
     """
     node, fan, fill, join, wide = row
+    if not node:  # a hidden commit: edges alone
+        for drawn in (*fan, *join):
+            line(_edges(drawn, 0))
+        return
     words = texts(width() - wide - 1)
     beside = [node, *fan] + [fill] * (len(words) - 1 - len(fan))
     words += [""] * (len(beside) - len(words))

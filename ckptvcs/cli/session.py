@@ -58,14 +58,25 @@ def for_commit(
 
 def resolved(repo: Repo, revision: str) -> Commit:
     """The commit a revision names."""
+    return repo.resolve(spelled(repo, revision))
+
+
+def spelled(repo: Repo, revision: str) -> str:
+    """A revision or range as the handle must read it, where HEAD means the repository's."""
+    from ckptvcs.history.revision import range_of
+
+    sides = range_of(revision)
+    if sides is not None:
+        left, dots, right = sides
+        return f"{spelled(repo, left or 'HEAD')}{dots}{spelled(repo, right or 'HEAD')}"
     branch, commit = repo.head()
     if branch is None and commit is not None and repo.branch_name is not None:
         # HEAD is detached, and CKPT_BRANCH has put the handle on a branch all the same.
         for name in ("HEAD", "@"):
             rest = revision.removeprefix(name)
             if revision.startswith(name) and rest[:1] in ("", "~", "^", "@"):
-                return repo.resolve(f"{commit}{rest}")
-    return repo.resolve(revision)
+                return f"{commit}{rest}"
+    return revision
 
 
 def file_named(text: str) -> Path | None:

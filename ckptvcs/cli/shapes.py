@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ckptvcs.state.compare import Change
     from ckptvcs.state.export import ExportReport
     from ckptvcs.state.files import FileEntry
+    from ckptvcs.state.statistics import Statistics
     from ckptvcs.state.tree import Entry
     from ckptvcs.store import LogEntry
 
@@ -42,7 +43,9 @@ def decorations(repo: Repo) -> dict[ObjectId, list[str]]:
 
 
 def commit_shape(repo: Repo, commit: Commit, refs: Decorations) -> dict[str, Any]:
-    """A commit. `metrics` has what notes added later, `refs` what points at it."""
+    """A commit. `metrics` has what notes added later, `refs` what points at it; `dropped` names what
+    retention took: components, all of them if it is empty; null if it took nothing."""
+    notes = repo.notes(commit)
     return {
         "id": str(commit.id),
         "tree": str(commit.tree),
@@ -55,7 +58,9 @@ def commit_shape(repo: Repo, commit: Commit, refs: Decorations) -> dict[str, Any
         "message": commit.message,
         "step": commit.step,
         "epoch": commit.epoch,
-        "metrics": repo.metrics(commit),
+        "metrics": notes.metrics,
+        "notes": notes.texts,
+        "dropped": None if notes.dropped is None else list(notes.dropped),
         "config": commit.config,
         "overrides": commit.overrides,
         "environment": commit.environment,
@@ -86,6 +91,22 @@ def entry_shape(entry: Entry) -> dict[str, Any]:
         "chunks": entry.chunks,
         "preview": entry.preview,
         "parameter": entry.parameter or None,
+    }
+
+
+def statistics_shape(found: Statistics) -> dict[str, Any]:
+    """What a tensor's numbers are like."""
+    return {
+        "count": found.count,
+        "min": found.minimum,
+        "max": found.maximum,
+        "mean": found.mean,
+        "std": found.std,
+        "zeros": found.zeros,
+        "nan": found.nan,
+        "positive_inf": found.positive_inf,
+        "negative_inf": found.negative_inf,
+        "histogram": list(found.histogram),
     }
 
 

@@ -242,6 +242,14 @@ def is_metric_name(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[^=<>\s]+", name) is not None and name.isprintable()
 
 
+def in_float(value: int | float) -> float:
+    """A metric as a float; a whole number that is too large for one is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Metrics as Python numbers; 0-dim arrays and tensors are unpacked. InvalidError otherwise."""
     if metrics is not None and not isinstance(metrics, Mapping):

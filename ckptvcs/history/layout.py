@@ -22,7 +22,8 @@ class Row:
     """The lines that belong to one commit, without trailing blanks.
 
     Attributes:
-        node: the line with the commit's `*`; its first text goes beside it.
+        node: the line with the commit's `*`; its first text goes beside it. "" for a hidden commit, which
+            has no texts.
         fan: lines below it that open columns for a merge's other parents; texts may go beside them.
         fill: a line to repeat for texts that are left.
         join: lines that lead to the next commit; nothing goes beside them.
@@ -36,14 +37,23 @@ class Row:
     width: int
 
 
-def draw(commits: Iterable[tuple[Hashable, Sequence[Hashable]]]) -> Iterator[Row]:
-    """A row for each (commit, parents), in the order given, which must have children before parents."""
+def draw(
+    commits: Iterable[tuple[Hashable, Sequence[Hashable], bool]], widest: int | None = None
+) -> Iterator[Row]:
+    """A row for each (commit, parents, shown), in the order given, which must have children before parents.
+
+    A commit that is not shown only connects others: its child's line goes on to its parents. Lines of more
+    than `widest` characters are cut, and end in `~`; a commit that stands further right stands behind it.
+    """
     columns: list[Hashable] = []
-    for commit, parents in commits:
+    for commit, parents, shown in commits:
         if commit not in columns:
+            if not shown:  # nobody waits for it, and nobody shall wait for its parents
+                yield Row("", (), "", (), 0)
+                continue
             columns.append(commit)
         at = columns.index(commit)
-        node = _line(["*" if i == at else "|" for i in range(len(columns))])
+        node = _line(["*" if i == at else "|" for i in range(len(columns))]) if shown else ""
         wanted = list(dict.fromkeys(parents))
         fan = []
         for _ in wanted[1:]:
@@ -61,7 +71,16 @@ def draw(commits: Iterable[tuple[Hashable, Sequence[Hashable]]]) -> Iterator[Row
             left, right = pair
             join += _joined(len(columns), left, right)
             del columns[right]
-        yield Row(node, tuple(fan), fill, tuple(join), max(map(len, (node, fill, *fan))))
+        lines = [_cut(line, widest) for line in (node, fill, *fan)]
+        below = tuple(_cut(line, widest) for line in join)
+        yield Row(lines[0], tuple(lines[2:]), lines[1], below, max(map(len, lines)))
+
+
+def _cut(line: str, widest: int | None) -> str:
+    if widest is None or len(line) <= widest:
+        return line
+    place = line.find("*")
+    return line[: widest - 1].rstrip() + "~" if place < widest - 1 else f"{line[: (widest - 3) & ~1]}~ *"
 
 
 def _doubled(columns: list[Hashable]) -> tuple[int, int] | None:

@@ -8,10 +8,13 @@ refs/lost/<branch>/<id8> commits that lost a race; readable as lost/<branch>/<id
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import re
+from collections.abc import Iterable, Sequence
 from typing import Final
 
-from ckptvcs.errors import InvalidError
+from ckptvcs.errors import InvalidError, NotFoundError
 
 HEAD: Final = "HEAD"
 HEADS: Final = "refs/heads/"
@@ -81,6 +84,26 @@ def branch_ref(branch: str) -> str:
 def tag_ref(tag: str) -> str:
     """The full name of a tag, checked."""
     return TAGS + check_name(tag, "tag")
+
+
+def matching(patterns: str | Sequence[str], names: Iterable[str], what: str = "branch") -> list[str]:
+    """The names that a glob selects, in the order given: `*`, `?` and `[...]`, across `/` too; a name without
+    any of these selects itself and all below it (`sweep` is also `sweep/lr3e-4`). NotFoundError for a pattern
+    that selects nothing."""
+    globs = [patterns] if isinstance(patterns, str) else list(patterns)
+    known, found = list(names), set[str]()
+    for glob in globs:
+        if any(sign in glob for sign in "*?["):
+            chosen = {name for name in known if fnmatch.fnmatchcase(name, glob)}
+        else:
+            chosen = {name for name in known if name == glob or name.startswith(f"{glob}/")}
+        if not chosen:
+            folders = {name.rpartition("/")[0] for name in known} - {""}
+            near = difflib.get_close_matches(glob, [*known, *sorted(folders)], n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"`ckpt {what}` lists them"
+            raise NotFoundError(f"no {what} is called {glob!r}", hint=hint)
+        found |= chosen
+    return [name for name in known if name in found]
 
 
 def shown(ref: str) -> str:

@@ -8,6 +8,9 @@ REV^n  REV^         the n-th parent; REV^0 is REV
 REF@{n}             where the ref stood n moves ago
 REV@step:N          the commit of step N nearest to REV along first parents
 REV@best[:METRIC]   the best commit by that metric along first parents
+
+And text that names many, for a log: A..B is what B reaches and A does not, A...B what one of them reaches
+and not both, ^A takes away what A reaches. A side that is left out is the handle's tip.
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from ckptvcs.errors import AmbiguousError, InvalidError, NotFoundError
-from ckptvcs.history import refs
+from ckptvcs.history import notes, refs
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.graph import History
 from ckptvcs.ids import Kind, ObjectId
@@ -30,6 +33,7 @@ _SUFFIX = re.compile(
     r"|@best(?::(?P<metric>[^~^@\s]+))?(?=$|[~^@])"
 )
 _HEX = re.compile(r"[0-9a-fA-F]{4,64}\Z")
+_PARENT_OF_HEAD = re.compile(r"\^\d?(?=$|[~^@])")
 _MIN_BY_NAME: Final = ("loss", "error", "perplexity")
 _MAX_BY_NAME: Final = ("acc", "accuracy")
 
@@ -84,6 +88,26 @@ class Revisions:
         if current is None:
             raise self._unborn(text)
         return current
+
+    def resolve_all(self, texts: Iterable[str | ObjectId | Commit]) -> tuple[list[ObjectId], list[ObjectId]]:
+        """What revisions and ranges of them reach together: (tips, commits whose history is left out)."""
+        tips: list[ObjectId] = []
+        without: list[ObjectId] = []
+        for text in texts:
+            sides = None if isinstance(text, ObjectId) or not isinstance(text, str) else range_of(text)
+            if sides is not None:
+                left, right = (self.resolve(side or refs.HEAD) for side in sides[::2])
+                if sides[1] == "...":
+                    tips += (left, right)
+                    without += self._history.common_ancestors([left, right])
+                else:
+                    tips.append(right)
+                    without.append(left)
+            elif isinstance(text, str) and text.startswith("^") and not _PARENT_OF_HEAD.match(text):
+                without.append(self.resolve(text[1:]))
+            else:
+                tips.append(self.resolve(text))
+        return tips, without
 
     # -- bases -----------------------------------------------------------------------------------
 
@@ -198,8 +222,7 @@ class Revisions:
 
     def metrics(self, commit: Commit) -> dict[str, Any]:
         """A commit's metrics with those that notes added or replaced later."""
-        with self._store.snapshot() as snapshot:
-            return {**commit.metrics, **snapshot.notes(commit.id)}
+        return notes.of(self._store, commit).metrics
 
     def mode(self, metric: str) -> str:
         """'min' or 'max'. InvalidError if neither the config nor the name tells."""
@@ -248,6 +271,23 @@ def ref_history(store: Store, ref: str) -> list[tuple[Target | None, int]]:
             for op in entry.operations
             if isinstance(op, Move) and op.name == ref
         ]
+
+
+def range_of(text: str) -> tuple[str, str, str] | None:
+    """The two sides of a range and what is between them: '..' or '...'; None if it is no range."""
+    left, dots, right = text.partition("...")
+    if not dots:
+        left, dots, right = text.partition("..")
+    return (left, dots, right) if dots else None
+
+
+def split_name(text: str) -> tuple[str, str | None]:
+    """`REV:NAME` as revision and name, the name None without a colon of its own: those in `@step:N` and
+    `@best:METRIC` belong to the revision, unless another follows."""
+    for found in re.finditer(":", text):
+        if not text[: found.start()].endswith(("@step", "@best")):
+            return text[: found.start()], text[found.end() :]
+    return text, None
 
 
 def _split(text: str) -> tuple[str, list[dict[str, str | None]]]:

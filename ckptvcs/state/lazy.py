@@ -17,6 +17,8 @@ from ckptvcs.state import paths, torch_tensors
 from ckptvcs.state.interface import ObjectReader
 from ckptvcs.state.materialise import check_framework, memory_for, resolve, target_spec
 from ckptvcs.state.read import Branch, Compound, Loader, Stored, StoredFile, StoredTensor
+from ckptvcs.state.statistics import Statistics, statistics
+from ckptvcs.state.streams import Stream
 from ckptvcs.state.tensors import Place, Raw, Spec, c_strides, raw_dtype, restore_numpy, swap
 
 Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]"
@@ -34,6 +36,7 @@ class LazyTensor:
         shape: its dimensions.
         dtype: the dtype's name, such as "float32" or "bfloat16".
         nbytes: bytes of all elements.
+        chunks: number of chunks; 0 when it lives in the tree.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class LazyTensor:
         self.dtype = spec.dtype
         self.nbytes = spec.nbytes
         self._content = stored.content
+        self.chunks = stored.content.cells or 0
         self._stored = stored.spec
         self._spec = spec
         self._chunk = chunk
@@ -83,6 +87,15 @@ class LazyTensor:
         if self._stored.swap and found.nbytes:
             swap(found.reshape(-1).view(np.uint8).data, self._stored.swap)
         return self._made(found)
+
+    def statistics(self, bins: int = 32) -> Statistics:
+        """What its numbers are like, and their histogram. Reads it twice, a few MiB at a time.
+
+        InvalidError for elements that are no numbers.
+        """
+        with self._opened() as reader:
+            read = Stream(reader, self._content).read
+            return statistics(self.path, self.dtype, self._stored.item, self.nbytes, read, bins)
 
     def _fill(self, whole: Raw, slices: tuple[slice, ...]) -> None:
         flat = whole.reshape(-1).view(np.uint8).data

@@ -1,9 +1,9 @@
 """The index: one LMDB environment per repository. The only module that knows lmdb.
 
 It says where each record lies (`rows`), which packs are published (`packs`), what refs point at
-(`refs`), what happened (`log`), and what was annotated (`notes`, `pins`, `drops`, `status`,
-`forks`). It never holds tensor bytes. It is a cache: rows and packs are derivable from the pack files,
-everything else from `refs.journal` (docs/format.md, "Index").
+(`refs`), what happened (`log`), what was annotated (`notes`, `pins`, `drops`, `status`, `forks`), and
+how far commits are from their beginnings (`ranks`). It never holds tensor bytes. It is a cache: rows, packs
+and ranks are derivable from the pack files, everything else from `refs.journal` (docs/format.md, "Index").
 
 Rules taken from LMDB's own caveats:
 - One environment per file and process, shared by all handles, found by (device, inode).
@@ -60,6 +60,7 @@ TABLES: Final = {
     "drops": b"d",
     "status": b"s",
     "forks": b"k",
+    "ranks": b"g",
 }
 """The first byte of every key says which table it belongs to. One LMDB database holds them all: named
 databases can only be opened through a write transaction, which would make every open wait for writers.
@@ -284,6 +285,10 @@ class Snapshot:
         """Pinned commits."""
         return {ObjectId(key) for key, _ in self._items("pins")}
 
+    def is_pinned(self, commit: ObjectId) -> bool:
+        """Whether a commit is pinned."""
+        return self._get("pins", commit) is not None
+
     def drops(self, commit: ObjectId) -> tuple[str, ...] | None:
         """Components that retention took from a commit; () means all of it, None nothing."""
         value = self._get("drops", commit)
@@ -300,6 +305,12 @@ class Snapshot:
             return None
         commit, overrides = _scalar(value)
         return ObjectId(commit), overrides
+
+    def rank(self, commit: ObjectId) -> int | None:
+        """A commit's rank: one more than the highest rank among the commits it refers to, 1 if it refers to
+        none. So what has a rank as high as another's, or a higher one, is not below it. None if unknown."""
+        value = self._get("ranks", commit)
+        return None if value is None else int.from_bytes(value, "big")
 
     def dump(self) -> dict[str, dict[bytes, bytes]]:
         """Every table as it lies in LMDB. For comparing an index with its rebuilt twin."""
@@ -322,7 +333,19 @@ class Change(Snapshot):
 
     def delete_row(self, id: ObjectId) -> bool:
         """Forget a record. Only a collector does this, referrers first."""
+        self._delete("ranks", id)
         return self._delete("rows", id)
+
+    def put_rank(self, commit: ObjectId, below: Iterable[ObjectId]) -> int | None:
+        """Note a commit's rank; `below` are the commits it refers to. None, and nothing is noted, if the
+        rank of one of them is unknown: a reader of the history finds it out and notes it."""
+        ranks = [self.rank(id) for id in below]
+        known = [rank for rank in ranks if rank is not None]
+        if len(known) < len(ranks):
+            return None
+        rank = 1 + max(known, default=0)
+        self._put("ranks", commit, rank.to_bytes(8, "big"))
+        return rank
 
     def put_pack(self, name: PackName, info: PackInfo) -> None:
         """Publish a pack."""

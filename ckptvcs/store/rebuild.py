@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -100,9 +100,12 @@ def rebuild(
             with index.change() as change:
                 for id in dangling:
                     change.delete_row(id)
+        for id in dangling:
+            del rows[id]
+        with index.change() as change:
+            for id, refers in _commits_first_below(references, rows):
+                change.put_rank(id, refers)
         if not entries:
-            for id in dangling:
-                del rows[id]
             with index.change() as change:
                 entry = change.record(disk.now_ns(), "ckpt", "rebuild", _rescued(references, rows))
             if not disk.exists(layout.journal):
@@ -116,7 +119,7 @@ def rebuild(
             )
         report.left_out += len(dangling)
         report.packs = len(candidates.packs)
-        report.records = len(rows) - len(dangling)
+        report.records = len(rows)
     finally:
         index.close()
     for name in disk.names(aside):
@@ -250,6 +253,30 @@ def _references(
                 if by_themselves:
                     alone[id] = by_themselves
     return references, alone
+
+
+def _commits_first_below(
+    references: dict[ObjectId, list[ObjectId]], rows: dict[ObjectId, Row]
+) -> Iterator[tuple[ObjectId, list[ObjectId]]]:
+    """Every readable commit with the commits it refers to, each behind those."""
+    below = {
+        id: [child for child in children if child not in rows or rows[child].kind is Kind.COMMIT]
+        for id, children in references.items()
+        if id in rows and rows[id].kind is Kind.COMMIT
+    }
+    waiting = {id: sum(child in below for child in children) for id, children in below.items()}
+    above: dict[ObjectId, list[ObjectId]] = {}
+    for id, children in below.items():
+        for child in children:
+            above.setdefault(child, []).append(id)
+    ready = [id for id, count in waiting.items() if count == 0]
+    while ready:
+        id = ready.pop()
+        yield id, below[id]
+        for child in above.get(id, ()):
+            waiting[child] -= 1
+            if waiting[child] == 0:
+                ready.append(child)
 
 
 def _rescued(references: dict[ObjectId, list[ObjectId]], rows: dict[ObjectId, Row]) -> list[Move]:

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -439,6 +439,18 @@ class Store:
             entry = change.record(self.disk.now_ns(), who, why, operations, info)
         self.catch_up_journal()
         return entry
+
+    def note_ranks(self, commits: Iterable[tuple[ObjectId, Sequence[ObjectId]]]) -> None:
+        """Note the ranks of commits, given with those they refer to, each behind those. For commits whose
+        rank nobody noted when they were made; where writing is refused, nothing happens."""
+        try:
+            self.format.check("write")
+            with self.index.change() as change:
+                for id, below in commits:
+                    if change.row(id) is not None:
+                        change.put_rank(id, below)
+        except CkptError as error:
+            _log.debug("ranks of commits were not noted: %s", error)
 
     def _check_journal(self) -> None:
         """Refuse an index that is older than the journal: it lost changes that were acknowledged."""

@@ -403,10 +403,18 @@ class Writer:
 
     def _enter(self, change: Change, wanted: Publication) -> bool:
         won = enter(change, wanted, self._sealed, self._made, self._broken)
+        self._put_ranks(change)
         self._published = True
         return won
 
     _published = False
+
+    def _put_ranks(self, change: Change) -> None:
+        """Note the ranks of the commits made here, of which one may refer to another that was put before."""
+        for id, (kind, payload) in self._objects.items():
+            if kind is Kind.COMMIT:
+                references, _ = unpack_object(payload, child_name(kind, id))
+                change.put_rank(id, [child for below, child in references if below is Kind.COMMIT])
 
     def _differences(self) -> list[ObjectId]:
         return [id for id, made in self._made.items() if made.entry.base is not None]

@@ -21,7 +21,7 @@ LAYERS = (
     {"history"},  # may import state; state never imports it
     {"maintenance"},
     {"rng"},  # a leaf of states, public by itself
-    {"opening", "importing", "runs"},
+    {"opening", "importing", "runs", "charts"},  # charts: pictures of histories
     {"background"},
     {"opened", "committing"},  # what handles share, their places on branches among it
     {"repo"},
@@ -50,6 +50,7 @@ OWNERS = {
     "torch": ["state/torch_tensors.py"],
     "jax": ["state/jax_keys.py"],  # which takes it from those who have imported it
     "tomlkit": ["config.py"],
+    "matplotlib": ["charts.py"],
     "click": ["cli/"],
     "rich": ["cli/"],
     "numpy": ["state/", "store/planes.py", "store/difference.py", "store/choice.py"],

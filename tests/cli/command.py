@@ -34,6 +34,8 @@ COMMIT_KEYS = {
     "step",
     "epoch",
     "metrics",
+    "notes",
+    "dropped",
     "config",
     "overrides",
     "environment",

@@ -218,7 +218,7 @@ def test_every_error_has_its_exit_code_and_one_line(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(Repo, "log", fail)
+    monkeypatch.setattr(Repo, "graph", fail)
     with pytest.raises(SystemExit) as left:
         run_main(["--repo", str(states), "log"])
     err = capsys.readouterr().err
@@ -257,11 +257,18 @@ def test_completion_scripts(tmp_path: Path, shell: str) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("ckpt s", ["show", "switch", "status"]),
+        ("ckpt sh", ["show"]),
         ("ckpt switch ", ["main", "other"]),
         ("ckpt show ", ["HEAD", "main", "other", "v1"]),
+        ("ckpt show main:", ["main:model/", "main:step", "main:name"]),
+        ("ckpt show main@step:10:model/w", ["main@step:10:model/weight"]),
+        ("ckpt log main..o", ["main..other"]),
+        ("ckpt log ^v", ["^v1"]),
+        ("ckpt log --branches o", ["other"]),
+        ("ckpt best v", ["val_loss"]),
+        ("ckpt plot a", ["acc"]),
         ("ckpt tag -d v", ["v1"]),
-        ("ckpt log --g", ["--graph"]),
+        ("ckpt log --gra", ["--graph"]),
         ("ckpt ls ma", ["file,ma", "main"]),
         ("ckpt diff st", ["file,st"]),
         ("ckpt import-run out", ["file,out"]),

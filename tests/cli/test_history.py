@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ckptvcs import Repo
 from ckptvcs.history.commit import encode_commit
 from ckptvcs.ids import Kind, object_id
-from ckptvcs.store import Move, Note, Publication
-from tests.cli.command import COMMIT_KEYS, ckpt, commit_state, refused
+from ckptvcs.store import Drop, Move, Note, Publication
+from tests.cli.command import COMMIT_KEYS, ckpt, commit_state, refused, state
 
 
 def without_ids(text: str) -> str:
@@ -185,3 +186,125 @@ def test_reflog(files: Path) -> None:
         {"kind": "move", "name": "refs/heads/main", "old": str(first), "new": str(second)}
     ]
     refused(files, "reflog", "nope", code=4, words=("'nope'",))
+
+
+# -- many branches, ranges, filters ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warm-up of two commits on main, three branches of two commits from its tip, one fresh start."""
+    folder = tmp_path_factory.mktemp("sweep")
+    with Repo.init(folder) as repo:
+        for step in (1, 2):
+            commit_state(repo, step, f"warm {step}")
+        for number, rate in enumerate((0.1, 0.2, 0.3)):
+            branch = repo.on(f"sweep/lr{rate}")
+            branch.restore(state(0), "main")
+            for step in (3, 4):
+                loss = float("nan") if rate == 0.3 else rate / step
+                config = {"optimizer": {"lr": rate, "betas": [0.9, 0.99]}, "seed": 7}
+                made = commit_state(
+                    branch, step, f"try {rate}", metrics={"val_loss": loss, "acc": number / 3}, config=config
+                )
+        with Repo.open(folder, branch="sweep/lr0.3") as fresh:
+            commit_state(fresh, 1, "anew", metrics={"val_loss": 0.5})
+        repo.record([Drop(made.id, ("model",))], "test")
+    return folder
+
+
+def titles(done: Any) -> list[str]:
+    return [commit["message"] for commit in done.json["commits"]]
+
+
+def test_log_graph_of_branches(sweep: Path) -> None:
+    done = ckpt(sweep, "log", "--graph", "--branches", "sweep/*", "--oneline", COLUMNS="80")
+    assert (
+        without_ids(done.out).rstrip()
+        == r"""
+* ######## (sweep/lr0.3) anew  step 1  val_loss=0.5  [fresh start]
+* ######## try 0.3  step 4  val_loss=nan  acc=0.666667  [dropped: model]
+* ######## try 0.3  step 3  val_loss=nan  acc=0.666667
+| * ######## (sweep/lr0.1) try 0.1  step 4  val_loss=0.025  acc=0
+| * ######## try 0.1  step 3  val_loss=0.0333333  acc=0
+|/
+| * ######## (sweep/lr0.2) try 0.2  step 4  val_loss=0.05  acc=0.333333
+| * ######## try 0.2  step 3  val_loss=0.0666667  acc=0.333333
+|/
+* ######## (HEAD -> main) warm 2  step 2  val_loss=0.5
+* ######## warm 1  step 1  val_loss=1
+""".strip("\n")
+    )
+
+
+def test_log_in_brief_tells_where_something_happens(sweep: Path) -> None:
+    done = ckpt(sweep, "log", "--graph", "--all", "--brief", "--oneline")
+    assert (
+        without_ids(done.out).rstrip()
+        == r"""
+* ######## (sweep/lr0.3) anew  step 1  val_loss=0.5  [fresh start]
+| * ######## (sweep/lr0.1) try 0.1  step 4  val_loss=0.025  acc=0
+|/
+| * ######## (sweep/lr0.2) try 0.2  step 4  val_loss=0.05  acc=0.333333
+|/
+* ######## (HEAD -> main) warm 2  step 2  val_loss=0.5
+* ######## warm 1  step 1  val_loss=1
+""".strip("\n")
+    )
+    with Repo.open(sweep) as repo:
+        assert [c.message for c in repo.log("sweep/lr0.1", brief=True)] == ["try 0.1", "warm 2", "warm 1"]
+        assert [c.message for c in repo.log("main..sweep/lr0.2", brief=True)] == ["try 0.2", "try 0.2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["main..sweep/lr0.1"], ["try 0.1"] * 2),
+        (["..sweep/lr0.1", "-n", "1"], ["try 0.1"]),
+        (["sweep/lr0.1...sweep/lr0.2"], ["try 0.1"] * 2 + ["try 0.2"] * 2),
+        (["sweep/lr0.1", "^main~1"], ["try 0.1"] * 2 + ["warm 2"]),
+        (["main..main"], []),
+        (["--branches", "sweep", "--metric", "val_loss<0.04"], ["try 0.1"] * 2),
+        (["--branches", "sweep", "--metric", "acc>0.3", "--metric", "val_loss<=0.05"], ["try 0.2"]),
+        (["--branches", "sweep", "--metric", "val_loss=nan"], ["try 0.3"] * 2),
+        (["--branches", "sweep", "--metric", "acc", "--step", "..3"], ["try 0.3", "try 0.1", "try 0.2"]),
+        (["--branches", "*0.1", "--step", "2..3"], ["try 0.1", "warm 2"]),
+        (["sweep/lr0.1", "--first-parent", "--step", "1"], ["warm 1"]),
+        (["sweep/lr0.1", "--grep", "^WARM", "-n", "1"], ["warm 2"]),
+        (["--author", "nobody"], []),
+        (["--author", ".@", "--since", "1d"], ["warm 2", "warm 1"]),
+        (["--until", "2001-02-03"], []),
+    ],
+)
+def test_log_chooses(sweep: Path, arguments: list[str], wanted: list[str]) -> None:
+    assert titles(ckpt(sweep, "log", *arguments, "--json")) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--branches", "swoop"], 4, ("'swoop'", "sweep")),
+        (["--metric", "val_loss<much"], 2, ("'much' is no number",)),
+        (["--metric", "<3"], 2, ("'<3'",)),
+        (["--step", "9..1"], 2, ("ends before it begins",)),
+        (["--step", "x"], 2, ("1000..2000",)),
+        (["--since", "yesterday"], 2, ("'yesterday'", "2d")),
+        (["--grep", "("], 2, ("cannot be looked for",)),
+        (["main", "sweep/lr0.1", "--first-parent"], 2, ("one revision",)),
+        (["main..nope"], 4, ("'nope'",)),
+    ],
+)
+def test_log_refuses_what_it_cannot_read(
+    sweep: Path, arguments: list[str], code: int, words: tuple[str, ...]
+) -> None:
+    refused(sweep, "log", *arguments, code=code, words=words)
+
+
+def test_a_filtered_graph_connects_what_it_shows(sweep: Path) -> None:
+    done = ckpt(sweep, "log", "--graph", "--branches", "*", "--step", "4..", "--oneline")
+    graph = [re.sub(r" ?[0-9a-f]{8} .*", "", line) for line in done.out.splitlines()]
+    assert graph == ["*", "| *", "|/", "| *", "|/"]
+    done = ckpt(
+        sweep, "log", "--graph", "--branches", "*", "--grep", "try|warm 1", "--step", "1", "--oneline"
+    )
+    assert [line.split()[0] for line in done.out.splitlines()] == ["*"]

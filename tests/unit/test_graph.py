@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptvcs import Repo
 from ckptvcs.history import graph
 from ckptvcs.history.commit import encode_commit
 from ckptvcs.history.graph import History
+from ckptvcs.history.walk import Walk
 from ckptvcs.ids import Kind, ObjectId, object_id
 
 
@@ -24,6 +27,7 @@ class Commits:
         self.payloads: dict[ObjectId, bytes] = {}
         self.parents: dict[ObjectId, tuple[ObjectId, ...]] = {}
         self.read: list[ObjectId] = []
+        self.ranks: dict[ObjectId, int] = {}
 
     def add(self, parents: Sequence[ObjectId], time: int = 0) -> ObjectId:
         payload = encode_commit(
@@ -33,7 +37,20 @@ class Commits:
         )  # fmt: skip
         id = object_id(Kind.COMMIT, payload)
         self.payloads[id], self.parents[id] = payload, tuple(parents)
+        if all(parent in self.ranks for parent in parents):
+            self.ranks[id] = 1 + max((self.ranks[parent] for parent in parents), default=0)
         return id
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[Any]:
+        yield self
+
+    def rank(self, id: ObjectId) -> int | None:
+        return self.ranks.get(id)
+
+    def note_ranks(self, commits: Sequence[tuple[ObjectId, Sequence[ObjectId]]]) -> None:
+        for id, below in commits:
+            self.ranks[id] = 1 + max((self.ranks[each] for each in below), default=0)
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Any]:
@@ -128,3 +145,140 @@ def test_commits_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -
     history.commit(ids[0])
     history.commit(ids[0])
     assert len(commits.read) <= 1
+
+
+# -- walks ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> tuple[Commits, list[ObjectId]]:
+    """Commits that hang together anyhow; some without a noted rank."""
+    commits = Commits()
+    ids: list[ObjectId] = []
+    for n in range(draw(st.integers(1, 30))):
+        wanted = draw(st.lists(st.integers(max(0, n - 6), max(0, n - 1)), max_size=3)) if n else []
+        ids.append(commits.add(list(dict.fromkeys(ids[w] for w in wanted)), time=n))
+    if draw(st.booleans()):
+        commits.ranks.clear()
+    return commits, ids
+
+
+@given(graphs(), st.lists(st.integers(0, 29), max_size=6), st.lists(st.integers(0, 29), max_size=3))
+def test_what_is_reachable_from_some_and_not_from_others(
+    made: tuple[Commits, list[ObjectId]], tips: list[int], without: list[int]
+) -> None:
+    commits, ids = made
+    with_, not_from = ([ids[each % len(ids)] for each in chosen] for chosen in (tips, without))
+    visits = list(commits.history().visits(with_, not_from))
+    walked = [commit.id for commit, _ in visits]
+    expected = commits.below(with_) - commits.below(not_from)
+    assert len(walked) == len(set(walked))
+    assert set(walked) == expected
+    position = {id: n for n, id in enumerate(walked)}
+    for commit, parents in visits:
+        assert list(parents) == [p for p in dict.fromkeys(commit.parents) if p in expected]
+        assert all(position[commit.id] < position[parent] for parent in parents)
+
+
+@given(graphs(), st.lists(st.integers(0, 29), min_size=1, max_size=4))
+def test_common_ancestors(made: tuple[Commits, list[ObjectId]], tips: list[int]) -> None:
+    commits, ids = made
+    chosen = [ids[tip % len(ids)] for tip in tips]
+    shared = set.intersection(*(commits.below([id]) for id in chosen))
+    best = {id for id in shared if not any(id in commits.below([o]) for o in shared if o != id)}
+    found = commits.history().common_ancestors(chosen)
+    assert len(found) == len(set(found))
+    assert set(found) == best
+    assert commits.history().ancestors_among(chosen, set(ids)) == commits.below(chosen)
+
+
+def sweep(branches: int, shared: int, each: int) -> tuple[Commits, list[ObjectId]]:
+    """A warm-up of `shared` commits, and branches from there."""
+    commits = Commits()
+    root = commits.add([])
+    for _ in range(shared - 1):
+        root = commits.add([root])
+    tips = []
+    for _ in range(branches):
+        tip = root
+        for _ in range(each):
+            tip = commits.add([tip])
+        tips.append(tip)
+    return commits, tips
+
+
+def test_the_first_page_of_many_branches_reads_what_it_needs() -> None:
+    commits, tips = sweep(branches=50, shared=500, each=100)
+    page = list(itertools.islice(commits.history().visits(tips), 20))
+    assert len(page) == 20
+    # The heads of 50 lines are looked at as far down as the page goes, and no further.
+    assert len(set(commits.read)) <= 50 * 21
+
+
+def test_a_page_of_what_another_branch_lacks_does_not_read_what_they_share() -> None:
+    commits, tips = sweep(branches=2, shared=3000, each=30)
+    walked = list(commits.history().walk([tips[0]], [tips[1]]))
+    assert len(walked) == 30
+    assert len(set(commits.read)) <= 62
+    commits.read.clear()
+    (fork,) = commits.history().common_ancestors(tips)
+    assert commits.rank(fork) == 3000
+    assert len(set(commits.read)) <= 62
+
+
+def test_side_branches_come_right_above_their_forks() -> None:
+    commits = Commits()
+    main = [commits.add([])]
+    names = {main[0]: "0"}
+    tips = []
+    for n in range(1, 6):
+        main.append(commits.add([main[-1]]))
+        names[main[-1]] = str(n)
+        side = commits.add([main[-1]])
+        names[side] = f"s{n}"
+        tips.append(side)
+    walked = [names[commit.id] for commit in commits.history().walk([*tips, main[-1]])]
+    assert walked == ["s5", "5", "s4", "4", "s3", "3", "s2", "2", "s1", "1", "0"]
+
+
+def test_what_a_long_walk_keeps_is_a_page_of_each_line() -> None:
+    commits, tips = sweep(branches=10, shared=300, each=200)
+    walk = Walk(commits.history().commit, commits.ranks.__getitem__, tips)
+    most = 0
+    for n, _ in enumerate(walk):
+        most = max(most, len(walk._waits))
+        if n == 50:
+            assert most <= 10 * 53
+    assert most <= 10 * 201
+    assert not walk._waits
+    assert not walk._line
+    assert not walk._front
+
+
+# -- ranks in a real store ------------------------------------------------------------------------
+
+
+def test_ranks_are_noted_with_commits_found_out_where_missing_and_deleted_with_them(repo: Repo) -> None:
+    first = repo.commit({"n": 1})
+    second = repo.commit({"n": 2})
+    side = repo.on("side")
+    side.restore({"n": 0}, first)
+    third = side.commit({"n": 3})
+    store = repo._store
+
+    def noted() -> list[int | None]:
+        with store.snapshot() as snapshot:
+            return [snapshot.rank(each.id) for each in (first, second, third)]
+
+    assert noted() == [1, 2, 2]
+    with store.index.change() as change:
+        for each in (first, second, third):
+            assert change._delete("ranks", each.id)
+    with Repo.open(repo.path) as other:
+        assert [commit.id for commit in other.log("main", 1)] == [second.id]
+        assert noted() == [None, None, None]  # a single line needs none
+        assert len(list(other.log(["main", "side"]))) == 3
+    assert noted() == [1, 2, 2]
+    repo.delete_branch("side", force=True)
+    repo.gc(grace=0)
+    assert noted() == [1, 2, None]

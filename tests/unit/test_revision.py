@@ -9,7 +9,7 @@ import pytest
 
 from ckptvcs import AmbiguousError, Commit, ConflictError, InvalidError, NotFoundError, ObjectId, Repo
 from ckptvcs.history import refs
-from ckptvcs.history.revision import ref_history
+from ckptvcs.history.revision import ref_history, split_name
 from ckptvcs.store import Note
 
 METRICS: list[dict[str, Any]] = [
@@ -271,3 +271,50 @@ def test_ambiguity(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
             break
     with pytest.raises(AmbiguousError, match="beginning of 2 commit ids"):
         repo.resolve(str(commit.id)[:4] + "~0")
+
+
+# -- text that names many -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers"),
+    [
+        (["main"], [4, 3, 2, 1, 0]),
+        (["main~3..main"], [4, 3, 2]),
+        (["main~3.."], [4, 3, 2]),
+        (["..main~3"], []),
+        (["main~1...main~3"], [3, 2]),
+        (["main", "^main~2"], [4, 3]),
+        (["^main~2", "main"], [4, 3]),
+        (["^"], [3, 2, 1, 0]),
+        (["^1~1"], [2, 1, 0]),
+        (["main@step:0..main@best:val_loss"], [1]),
+        ([], []),
+    ],
+)
+def test_sets(line: tuple[Repo, list[Commit]], texts: list[str], numbers: list[int]) -> None:
+    repo, _ = line
+    assert [commit.message for commit in repo.log(texts)] == [f"c{n}" for n in numbers]
+
+
+def test_a_set_of_unknown_names(line: tuple[Repo, list[Commit]]) -> None:
+    repo, _ = line
+    for text in ("nope..main", "main..nope", "^nope", "main....main"):
+        with pytest.raises((NotFoundError, InvalidError)):
+            repo.log(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [
+        ("main", ("main", None)),
+        ("main:", ("main", "")),
+        (":model", ("", "model")),
+        ("main:a:b", ("main", "a:b")),
+        ("main@step:10", ("main@step:10", None)),
+        ("main@step:10:model/w", ("main@step:10", "model/w")),
+        ("main@best:val_loss~1:w", ("main@best:val_loss~1", "w")),
+    ],
+)
+def test_names_behind_revisions(text: str, split: tuple[str, str | None]) -> None:
+    assert split_name(text) == split
