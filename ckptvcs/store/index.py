@@ -140,13 +140,20 @@ class Row(NamedTuple):
                 id=bytes(key).hex(),
             )
         kind, codec, element, flags, depth, raw, stored, offset, lease, seq = _ROW.unpack_from(body)
-        base = ObjectId(body[_ROW.size :]) if flags & HAS_BASE else None
-        if kind not in _KINDS or raw > largest(Kind(kind)) or stored > MAX_STORED:
+        size = _ROW.size + (ID_BYTES if flags & HAS_BASE else 0)
+        if (
+            kind not in _KINDS
+            or raw > largest(Kind(kind))
+            or stored > MAX_STORED
+            or flags & ~(HAS_BASE | DAMAGED)
+            or len(body) != size
+        ):
             raise CorruptionError(
                 f"the index row of {bytes(key).hex()[:8]} is impossible",
                 hint="`ckpt fsck --rebuild` makes the index anew",
                 id=bytes(key).hex(),
             )
+        base = ObjectId(body[_ROW.size :]) if flags & HAS_BASE else None
         return cls(
             Kind(kind),
             codec,

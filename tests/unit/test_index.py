@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,21 @@ def test_every_flip_in_a_row_is_seen(row: Row, data: st.DataObject) -> None:
 def test_short_rows(size: int) -> None:
     with pytest.raises(CorruptionError):
         Row.decode(ONE, ROW.encode()[:size])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ROW.encode()[:-4] + b"x",
+        ROW._replace(base=ONE).encode()[:-5],
+        ROW._replace(base=ONE).encode()[:3] + b"\x00" + ROW._replace(base=ONE).encode()[4:-4],
+        ROW.encode()[:3] + b"\x04" + ROW.encode()[4:-4],
+    ],
+    ids=["longer", "half a base", "a base that no flag names", "an unknown flag"],
+)
+def test_impossible_rows_with_a_right_checksum(body: bytes) -> None:
+    with pytest.raises(CorruptionError, match="is impossible"):
+        Row.decode(TWO, body + zlib.crc32(body).to_bytes(4, "little"))
 
 
 def test_rotten_rows_are_not_used(index: Index) -> None:
