@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ckptvcs.disk import Disk, random_name
-from ckptvcs.errors import CkptError, CorruptionError
+from ckptvcs.errors import CkptError, CorruptionError, StorageError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.store.format import GRIDS, MAX_DEPTH, Entry, Format, Layout, PackName, unpack_object
 from ckptvcs.store.index import Index, PackInfo, Row
@@ -135,7 +135,8 @@ def pack_names(disk: Disk, layout: Layout) -> list[PackName]:
     """Every sealed pack on disk, in name order. What else lies in `packs/` is left alone."""
     found = []
     for folder in disk.names(layout.packs):
-        if not re.fullmatch("[0-9a-f]{2}", folder) or not disk.is_dir(layout.packs / folder):
+        path = layout.packs / folder
+        if not re.fullmatch("[0-9a-f]{2}", folder) or not disk.is_dir(path) or disk.is_link(path):
             continue
         for file in disk.names(layout.packs / folder):
             name = PackName.parse(file)
@@ -211,13 +212,21 @@ def _is_sound(disk: Disk, layout: Layout, name: PackName, entry: Entry) -> bool:
 
 
 def _references(reader: Reader, rows: dict[ObjectId, Row]) -> dict[ObjectId, list[ObjectId]]:
-    """What each readable object refers to."""
+    """What each sound object refers to.
+
+    StorageError if the disk does not give one: that says nothing of its bytes, and taken for damage it would
+    cost the rows of what is below.
+    """
     references: dict[ObjectId, list[ObjectId]] = {}
     for id, row in rows.items():
         if row.kind is not Kind.CHUNK:
-            with contextlib.suppress(CkptError):
+            try:
                 payload = reader.objects(row.kind, [id])[0]
                 references[id] = [child for _, child in unpack_object(payload, child_name(row.kind, id))[0]]
+            except StorageError:
+                raise
+            except CkptError:
+                continue
     return references
 
 

@@ -41,14 +41,14 @@ LOOKS: list[list[str]] = [
     ["gc", "--dry-run"],
 ]
 CHANGES: list[list[str]] = [
-    ["export", "../out/state.safetensors"],
-    ["export", "../out/state.pt"],
+    ["export", "HEAD", "--format", "safetensors", "--to", "../out/st", "--tensors-only"],
+    ["export", "HEAD", "--format", "torch", "--to", "../out/pt"],
     ["checkout", "HEAD", "--to", "../out"],
     ["branch", "new"],
     ["switch", "new"],
     ["commit", "notes.txt", "-m", "more"],
     ["switch", "main"],
-    ["checkout"],
+    ["checkout", "main"],
     ["branch", "-d", "new", "--force"],
     ["tag", "w1"],
     ["config", "compression", "fast"],
