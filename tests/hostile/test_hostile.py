@@ -1,12 +1,15 @@
 """Hostile repositories under every verb: one clear line, a documented exit code, nothing outside touched.
 
-A verb runs in a process with little memory and time. A failure names the repository and the verb; the
+A verb runs in a process with little memory and time. One that was added since runs with `--json` and without
+arguments, until somebody gives it a better line here. A failure names the repository and the verb; the
 builders in `repositories.py` are deterministic.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,24 +63,33 @@ CHANGES: list[list[str]] = [
 ]
 
 
+ALL = bool(os.environ.get("CKPT_HOSTILE"))  # as it was before tests clean the environment
+PRECIOUS = ("precious.txt", "old-photos/1.jpg", "meta-data/x", "11111111-1111-1111-1111-111111111111-1.pack")
+
+
+def lines(place: int) -> Iterator[list[str]]:
+    """The command lines for one repository: a third of those that look, and those that change it.
+
+    `CKPT_HOSTILE=1` runs all of them on each.
+    """
+    known = {line[0] for line in (*LOOKS, *CHANGES)}
+    looks = LOOKS + [[verb, "--json"] for verb in VERBS if verb not in known]
+    yield from looks if ALL else looks[place % 3 :: 3]
+    yield from CHANGES if ALL else CHANGES[place % 2 :: 2]
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.slow
 def test_no_verb_is_led_astray(name: str, tmp_path: Path) -> None:
     outside, folder = tmp_path / "outside", tmp_path / "work"
     for each in (outside, folder, tmp_path / "out"):
         each.mkdir()
-    for precious in (
-        "precious.txt",
-        "old-photos/1.jpg",
-        "meta-data/x",
-        "11111111-1111-1111-1111-111111111111-1.pack",
-    ):
+    for precious in PRECIOUS:
         (outside / precious).parent.mkdir(exist_ok=True)
         (outside / precious).write_text("precious\n")
     before = listing(outside)
     HOSTILE[name](folder)
-    others = [[verb, "--json"] for verb in VERBS if verb not in {line[0] for line in (*LOOKS, *CHANGES)}]
-    for arguments in (*LOOKS, *others, *CHANGES):
+    for arguments in lines(list(HOSTILE).index(name)):
         judge(arguments, *attempt(folder, *arguments))
         assert listing(outside) == before, f"`ckpt {' '.join(arguments)}` wrote outside"
         assert {path.name for path in tmp_path.iterdir()} == {"outside", "work", "out"}, arguments
