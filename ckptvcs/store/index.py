@@ -582,7 +582,7 @@ class Index:
             key = None if create else self._disk.same_file(self._data)
             shared = _open.get(key) if key else None
             if shared is None:
-                with contextlib.suppress(PermissionError):  # then LMDB says so
+                with contextlib.suppress(PermissionError, FileNotFoundError):  # LMDB says why, or makes it
                     self._disk.allocate(self.folder / "lock.mdb", _LOCK_BYTES)
                 with self._errors():
                     env = lmdb.open(

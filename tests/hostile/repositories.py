@@ -341,7 +341,7 @@ def _a_long_line_of_commits(folder: Path) -> None:
     with opened(folder) as store, store.writer() as writer:
         old = here = tip(store)
         (tree,) = writer.put_objects(Kind.TREE, [root(state=None)])
-        for number in range(3000):
+        for number in range(1500):
             fields = commit_fields(message=str(number), step=number)
             (here,) = writer.put_objects(
                 Kind.COMMIT, [encode_commit(tree=tree, parents=[here], origin=None, **fields)]
@@ -402,9 +402,9 @@ def _a_tree_nested_deeper_than_any_state(folder: Path) -> None:
 
 
 @hostile
-def _a_tree_of_millions_of_nothing(folder: Path) -> None:
+def _a_tree_of_a_million_times_nothing(folder: Path) -> None:
     honest(folder)
-    publish(folder, root(state=[None] * 7_000_000))
+    publish(folder, root(state=[None] * 1_000_000))
 
 
 @hostile
@@ -633,14 +633,14 @@ def _a_journal_line_of_a_hundred_megabytes(folder: Path) -> None:
 def _a_journal_of_empty_lines(folder: Path) -> None:
     honest(folder)
     with (folder / ".ckpt" / "refs.journal").open("ab") as journal:
-        journal.write(b"\n" * (4 << 20))
+        journal.write(b"\n" * (1 << 20))
 
 
 @hostile
 def _a_journal_of_short_lines(folder: Path) -> None:
     honest(folder)
     with (folder / ".ckpt" / "refs.journal").open("ab") as journal:
-        journal.write(b"x\n" * (1 << 20))
+        journal.write(b"x\n" * (1 << 19))
 
 
 @hostile
