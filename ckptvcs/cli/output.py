@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,8 +33,17 @@ _AGES: Final = (
 
 
 def line(text: str = "") -> None:
-    """A line of output."""
+    """A line of output, or several. Whatever else than a style would steer a terminal is escaped."""
+    if not text.isprintable():
+        parts = _STYLES.split(text)
+        parts[::2] = [
+            "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in part) for part in parts[::2]
+        ]
+        text = "".join(parts)
     click.echo(text)
+
+
+_STYLES: Final = re.compile("(\x1b\\[[0-9;]*m)")
 
 
 def data(value: Mapping[str, Any]) -> None:
@@ -119,7 +129,7 @@ def counted(count: int, noun: str) -> str:
 
 def number(value: Any) -> str:
     """A metric or another number, to six significant digits."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else clean(str(value))
 
 
 def age(time_ns: int, now_ns: int) -> str:

@@ -20,6 +20,12 @@ MAX_DEPTH: Final = 100
 MAX_VALUES: Final = 1 << 20
 """Values in a config."""
 
+MAX_PARENTS: Final = 256
+"""Parents of one commit. A merge has two."""
+
+MAX_BITS: Final = 4096
+"""Of a whole number. Python writes no longer ones as text than three times that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Component:
@@ -130,6 +136,8 @@ def encode_commit(
     sizes: Mapping[str, int],
 ) -> bytes:
     """The commit's object payload."""
+    if len(set(parents)) < len(parents) or len(parents) > MAX_PARENTS:
+        raise InvalidError(f"a commit has at most {MAX_PARENTS} parents, each of them once")
     references: list[tuple[Kind, ObjectId]] = [(Kind.TREE, tree)]
     for id in (*parents, *((origin,) if origin else ())):
         if (Kind.COMMIT, id) not in references:
@@ -173,10 +181,13 @@ def decode_commit(id: ObjectId, payload: bytes) -> Commit:
             return found
 
         origin = fields["origin"]
+        parents = _typed(fields, "parents", list)
+        if len(parents) > MAX_PARENTS or len(set(map(repr, parents))) < len(parents):
+            raise ValueError(f"{len(parents)} parents, some of them twice, or too many")
         return Commit(
             id=id,
             tree=named(fields["tree"], Kind.TREE),
-            parents=tuple(named(p, Kind.COMMIT) for p in _typed(fields, "parents", list)),
+            parents=tuple(named(p, Kind.COMMIT) for p in parents),
             origin=None if origin is None else named(origin, Kind.COMMIT),
             author=_typed(fields, "author", str),
             time=_typed(fields, "time", int),
@@ -197,6 +208,8 @@ def _typed(fields: dict[str, Any], name: str, *kinds: type) -> Any:
     value = fields[name]
     if type(value) not in kinds:
         raise ValueError(f"{name} is a {type(value).__name__}")
+    if type(value) is int and value.bit_length() > MAX_BITS:
+        raise ValueError(f"{name} has {value.bit_length()} bits")
     return value
 
 
@@ -206,6 +219,8 @@ def _numbers(fields: dict[str, Any], name: str, *kinds: type) -> dict[str, Any]:
     for key, value in found.items():
         if type(key) is not str or type(value) not in kinds or (name == "sizes" and value < 0):
             raise ValueError(f"{name} holds {key!r:.40}, a {type(value).__name__}")
+        if type(value) is int and value.bit_length() > MAX_BITS:
+            raise ValueError(f"{name} holds {key!r:.40}, of {value.bit_length()} bits")
     return found
 
 
@@ -223,6 +238,8 @@ def _plain_tree(fields: dict[str, Any], name: str) -> dict[str, Any]:
                     below.append(inner)
                 elif type(inner) not in _SCALARS:
                     raise ValueError(f"{name} holds a {type(inner).__name__}")
+                elif type(inner) is int and inner.bit_length() > MAX_BITS:
+                    raise ValueError(f"{name} holds a number of {inner.bit_length()} bits")
         level = below
         if not level:
             return found
@@ -265,6 +282,8 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
             raise InvalidError(
                 f"the metric {name} is a {type(value).__name__}, not a number", hint="pass a float or int"
             )
+        if type(number) is int and number.bit_length() > MAX_BITS:
+            raise InvalidError(f"the metric {name} has {number.bit_length()} bits", hint="pass a float")
         plain[name] = number
     return plain
 
@@ -308,6 +327,10 @@ class _Plainer:
         if self._values > MAX_VALUES:
             raise UnsupportedStateError([(path, f"more than {MAX_VALUES} values; keep them in the state")])
         if type(value) in _SCALARS:
+            if type(value) is int and value.bit_length() > MAX_BITS:
+                return self._refuse(
+                    path, f"a whole number of {value.bit_length()} bits; {MAX_BITS} is the most"
+                )
             return value
         if configs.is_config(value):
             value = configs.plain(value, names=True)
@@ -358,14 +381,18 @@ def _unpacked(value: Any) -> Any:
 def checked_step(step: Any) -> int | None:
     """A step as int. InvalidError for anything that is not a whole number."""
     number = _unpacked(step)
-    if number is None or (type(number) is int):
+    if number is None or (type(number) is int and number.bit_length() <= MAX_BITS):
         return number
+    if type(number) is int:
+        raise InvalidError(f"step must be a number of at most {MAX_BITS} bits")
     raise InvalidError(f"step must be a whole number, not {step!r}")
 
 
 def checked_epoch(epoch: Any) -> int | float | None:
     """An epoch as int or finite float (a fraction of an epoch is common)."""
     number = _unpacked(epoch)
+    if type(number) is int and number.bit_length() > MAX_BITS:
+        raise InvalidError(f"epoch must be a number of at most {MAX_BITS} bits")
     if number is None or type(number) is int or (type(number) is float and math.isfinite(number)):
         return number
     raise InvalidError(f"epoch must be a number, not {epoch!r}")

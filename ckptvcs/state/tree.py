@@ -402,7 +402,10 @@ _PREVIEW: Final = 60
 
 
 def _preview(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return f"{value.bit_length()} bits" if isinstance(value, int) else "numbers of thousands of digits"
     return text if len(text) <= _PREVIEW else text[: _PREVIEW - 1] + "…"
 
 

@@ -405,7 +405,7 @@ class Format:
     def check(self, work: str) -> None:
         """Refuse `work` ('read', 'write' or 'gc') if the repository uses a feature unknown here."""
         needed: tuple[str, ...] = {"read": self.read, "write": self.write, "gc": self.gc}[work]
-        unknown = sorted(set(needed) - FEATURES[work])
+        unknown = [name[:60] for name in sorted(set(needed) - FEATURES[work])[:10]]
         if unknown:
             doing = {"read": "read", "write": "write to", "gc": "collect garbage in"}[work]
             raise FormatError(
@@ -454,6 +454,20 @@ class Layout:
     def folders(self) -> tuple[Path, ...]:
         """All folders made at init, besides the 256 below `packs`."""
         return self.meta, self.packs, self.incoming, self.leases, self.temporary, self.quarantine
+
+    @property
+    def own(self) -> tuple[Path, ...]:
+        """Everything that is there once, in every repository."""
+        files = (
+            self.format,
+            self.config,
+            self.journal,
+            self.lock,
+            self.gc_lock,
+            self.packs_lock,
+            self.ignore,
+        )
+        return (*self.folders, *files, self.meta / "data.mdb", self.meta / "lock.mdb")
 
     def pack(self, name: PackName) -> Path:
         """Where a sealed pack lives. The fan-out takes both parts of the name, so that a process

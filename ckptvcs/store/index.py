@@ -7,7 +7,9 @@ and ranks are derivable from the pack files, everything else from `refs.journal`
 
 Rules taken from LMDB's own caveats:
 - One environment per file and process, shared by all handles, found by (device, inode).
-- `lock.mdb` is never opened by us: closing it would drop the process's POSIX locks.
+- `lock.mdb` is not opened by us while an environment is open: closing it would drop the process's POSIX
+  locks. Before that all its bytes are allocated: LMDB writes to it through memory, and a page for which a
+  full disk has no room would end the process with SIGBUS.
 - A forked child closes its inherited copy (the binding frees without touching the shared reader table)
   and opens its own on first use. No spare read transactions are kept, since a fork would leak them.
 - Read transactions are short and results are copied out, so that free pages are never pinned.
@@ -31,6 +33,7 @@ from typing import Any, Final, NamedTuple
 import lmdb
 
 from ckptvcs import canonical
+from ckptvcs.canonical import NotCanonicalError
 from ckptvcs.disk import Disk, ReadFile, in_forked_child
 from ckptvcs.errors import CkptError, CorruptionError, FormatError, LockedError, NotFoundError, StorageError
 from ckptvcs.ids import ID_BYTES, Buffer, Kind, ObjectId
@@ -49,6 +52,10 @@ from ckptvcs.store.journal import (
 )
 
 MAP_SIZE: Final = 64 << 30
+_READERS: Final = 1024
+_LOCK_BYTES: Final = 64 * _READERS + 8192
+"""Of `lock.mdb`: a cache line for each reader, and room for its head. LMDB uses all that is there."""
+
 TABLES: Final = {
     "meta": b"m",
     "rows": b"r",
@@ -70,6 +77,7 @@ _ROW: Final = struct.Struct("<BBBBHIIQ16sI")
 _CRC: Final = struct.Struct("<I")
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
 _PACK: Final = struct.Struct("<QI")
+_PACK_KEY_BYTES: Final = 20
 
 
 class Row(NamedTuple):
@@ -142,13 +150,20 @@ class Row(NamedTuple):
                 id=bytes(key).hex(),
             )
         kind, codec, element, flags, depth, raw, stored, offset, lease, seq = _ROW.unpack_from(body)
-        base = ObjectId(body[_ROW.size :]) if flags & HAS_BASE else None
-        if kind not in _KINDS or raw > largest(Kind(kind)) or stored > MAX_STORED:
+        size = _ROW.size + (ID_BYTES if flags & HAS_BASE else 0)
+        if (
+            kind not in _KINDS
+            or raw > largest(Kind(kind))
+            or stored > MAX_STORED
+            or flags & ~(HAS_BASE | DAMAGED)
+            or len(body) != size
+        ):
             raise CorruptionError(
                 f"the index row of {bytes(key).hex()[:8]} is impossible",
                 hint="`ckpt fsck --rebuild` makes the index anew",
                 id=bytes(key).hex(),
             )
+        base = ObjectId(body[_ROW.size :]) if flags & HAS_BASE else None
         return cls(
             Kind(kind),
             codec,
@@ -169,6 +184,13 @@ class PackInfo:
 
     size: int
     records: int
+
+    @classmethod
+    def decode(cls, data: bytes) -> PackInfo:
+        """The inverse of what `Change.put_pack` writes. CorruptionError for anything else."""
+        if len(data) != _PACK.size:
+            raise _damaged("packs")
+        return cls(*_PACK.unpack(data))
 
 
 class Snapshot:
@@ -211,7 +233,7 @@ class Snapshot:
         """Up to `limit` rows in id order, from `start` on: one slice of a long walk."""
         found = []
         for key, value in self._items("rows", start):
-            found.append((ObjectId(key), Row.decode(key, value)))
+            found.append((_id(key, "rows"), Row.decode(key, value)))
             if len(found) >= limit:
                 break
         return found
@@ -220,7 +242,7 @@ class Snapshot:
         """Up to `limit` ids that start with these bytes."""
         found = []
         for key, value in self._items("rows", prefix=prefix):
-            found.append((ObjectId(key), Row.decode(key, value).kind))
+            found.append((_id(key, "rows"), Row.decode(key, value).kind))
             if len(found) >= limit:
                 break
         return found
@@ -228,11 +250,11 @@ class Snapshot:
     def pack(self, name: PackName) -> PackInfo | None:
         """A published pack, or None."""
         data = self._get("packs", name.key)
-        return None if data is None else PackInfo(*_PACK.unpack(data))
+        return None if data is None else PackInfo.decode(data)
 
     def packs(self) -> dict[PackName, PackInfo]:
         """All published packs."""
-        return {PackName.from_key(key): PackInfo(*_PACK.unpack(value)) for key, value in self._items("packs")}
+        return {_pack_name(key): PackInfo.decode(value) for key, value in self._items("packs")}
 
     # refs and log
 
@@ -243,7 +265,8 @@ class Snapshot:
 
     def refs(self, prefix: str = "") -> dict[str, Target]:
         """All refs whose names start with `prefix`, in name order."""
-        return {key.decode(): _target(value) for key, value in self._items("refs", prefix=prefix.encode())}
+        found = self._items("refs", prefix=prefix.encode())
+        return {_text(key, "refs"): _target(value) for key, value in found}
 
     def position(self) -> int:
         """Position of the newest log entry; 0 in a new repository."""
@@ -255,6 +278,8 @@ class Snapshot:
 
     def _number(self, name: str) -> int:
         value = self._get("meta", name.encode())
+        if value is not None and len(value) != 8:
+            raise _damaged("meta")
         return int.from_bytes(value or b"", "big")
 
     def log(self, after: int = 0) -> Iterator[LogEntry]:
@@ -279,11 +304,12 @@ class Snapshot:
 
     def notes(self, commit: ObjectId) -> dict[str, Any]:
         """Notes of a commit by key."""
-        return {key[ID_BYTES:].decode(): _scalar(value) for key, value in self._items("notes", prefix=commit)}
+        found = self._items("notes", prefix=commit)
+        return {_text(key[ID_BYTES:], "notes"): _note(value) for key, value in found}
 
     def pins(self) -> set[ObjectId]:
         """Pinned commits."""
-        return {ObjectId(key) for key, _ in self._items("pins")}
+        return {_id(key, "pins") for key, _ in self._items("pins")}
 
     def is_pinned(self, commit: ObjectId) -> bool:
         """Whether a commit is pinned."""
@@ -292,19 +318,18 @@ class Snapshot:
     def drops(self, commit: ObjectId) -> tuple[str, ...] | None:
         """Components that retention took from a commit; () means all of it, None nothing."""
         value = self._get("drops", commit)
-        return None if value is None else tuple(_scalar(value))
+        return None if value is None else _names(value)
 
     def status(self) -> dict[str, str]:
         """The state of each run, by branch."""
-        return {key.decode(): value.decode() for key, value in self._items("status")}
+        return {_text(key, "status"): _text(value, "status") for key, value in self._items("status")}
 
     def fork(self, branch: str) -> tuple[ObjectId, dict[str, Any]] | None:
         """Where a branch was forked, and what its first restore sets anew; None if it was not."""
         value = self._get("forks", branch.encode())
         if value is None:
             return None
-        commit, overrides = _scalar(value)
-        return ObjectId(commit), overrides
+        return _fork(value)
 
     def rank(self, commit: ObjectId) -> int | None:
         """A commit's rank: one more than the highest rank among the commits it refers to, 1 if it refers to
@@ -363,7 +388,7 @@ class Change(Snapshot):
 
     def bump_gc_seq(self) -> None:
         """Tell every writer that what it looked up may be gone."""
-        self._set_number("gc_seq", self.gc_seq() + 1)
+        self._set_number("gc_seq", (self.gc_seq() + 1) % (1 << 64))
 
     def _set_number(self, name: str, value: int) -> None:
         self._put("meta", name.encode(), value.to_bytes(8, "big"))
@@ -436,12 +461,65 @@ def _target(value: bytes) -> Target:
     if value[:1] == b"\x00" and len(value) == 1 + ID_BYTES:
         return ObjectId(value[1:])
     if value[:1] == b"\x01":
-        return value[1:].decode()
-    raise CorruptionError("a ref in the index is damaged", hint="`ckpt fsck --rebuild` makes the index anew")
+        return _text(value[1:], "refs")
+    raise _damaged("refs")
 
 
-def _scalar(value: bytes) -> Any:
-    return canonical.decode(value)
+# Tables other than that of the rows have no checksums: what cannot be what a writer put there is damage.
+
+
+def _damaged(table: str) -> CorruptionError:
+    return CorruptionError(
+        f"the index is damaged: in its table {table} stands what nobody writes",
+        hint="`ckpt fsck --rebuild` makes the index anew",
+    )
+
+
+def _text(value: bytes, table: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise _damaged(table) from None
+
+
+def _id(key: bytes, table: str) -> ObjectId:
+    if len(key) != ID_BYTES:
+        raise _damaged(table)
+    return ObjectId(key)
+
+
+def _pack_name(key: bytes) -> PackName:
+    if len(key) != _PACK_KEY_BYTES:
+        raise _damaged("packs")
+    return PackName.from_key(key)
+
+
+def _scalar(value: bytes, table: str) -> Any:
+    try:
+        return canonical.decode(value)
+    except NotCanonicalError:
+        raise _damaged(table) from None
+
+
+def _note(value: bytes) -> Any:
+    found = _scalar(value, "notes")
+    if type(found) not in (bool, int, float, str):
+        raise _damaged("notes")
+    return found
+
+
+def _names(value: bytes) -> tuple[str, ...]:
+    found = _scalar(value, "drops")
+    if type(found) is not list or not all(type(name) is str for name in found):
+        raise _damaged("drops")
+    return tuple(found)
+
+
+def _fork(value: bytes) -> tuple[ObjectId, dict[str, Any]]:
+    match _scalar(value, "forks"):
+        case [bytes(commit), dict(overrides)] if len(commit) == ID_BYTES:
+            return ObjectId(commit), overrides
+    raise _damaged("forks")
 
 
 def _scalar_bytes(value: Any) -> bytes:
@@ -534,6 +612,8 @@ class Index:
             key = None if create else self._disk.same_file(self._data)
             shared = _open.get(key) if key else None
             if shared is None:
+                with contextlib.suppress(PermissionError, FileNotFoundError):  # LMDB says why, or makes it
+                    self._disk.allocate(self.folder / "lock.mdb", _LOCK_BYTES)
                 with self._errors():
                     env = self._environment(MAP_SIZE if create else 0)
                     try:
@@ -555,7 +635,7 @@ class Index:
         env = lmdb.open(
             str(self.folder),
             map_size=map_size,
-            max_readers=1024,
+            max_readers=_READERS,
             max_spare_txns=0,
             readahead=False,
             meminit=True,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from ckptvcs import canonical
-from ckptvcs.disk import Disk, WriteFile
+from ckptvcs.disk import Disk, ReadFile, WriteFile
 from ckptvcs.errors import CorruptionError, InvalidError, StorageError
 from ckptvcs.ids import ID_BYTES, ObjectId, digest
 
@@ -348,44 +348,79 @@ class Journal:
         a power cut may leave any part of it, its newline included. `say` is told of one.
         """
         expected = 1
-        lines = self._disk.read(self.path).split(b"\n")
-        torn = lines.pop() != b""
-        for number, line in enumerate(lines, 1):
-            entry = _parse(line)
-            if entry is None and number == len(lines):
-                torn = True
-                break
-            if entry is None or entry.position != expected:
-                raise CorruptionError(
-                    f"{self.path}: line {number} is damaged", path=str(self.path), offset=number
-                )
-            expected += 1
-            yield entry
+        torn = False
+        with self._disk.open(self.path) as file:
+            for line, ended in _lines(file, self.path):
+                if torn and ended:  # the line before was not the last one
+                    raise _damaged_line(self.path, expected)
+                entry = _parse(line) if ended else None
+                torn = entry is None
+                if entry is not None:
+                    if entry.position != expected:
+                        raise _damaged_line(self.path, expected)
+                    expected += 1
+                    yield entry
         if torn and say is not None:
             say(f"{self.path}: the last line is torn, so entry {expected} was left out")
 
 
+_WINDOW: Final = 1 << 20
+_LONGEST: Final = 16 << 20
+"""Bytes of a line. No entry is a hundredth as long, and no more is read into memory."""
+
+_TORN: Final = 64 << 10
+"""Bytes that a torn write may leave in several lines with wrong checks: what lay in its blocks before. More
+are damage, which nobody may cut off unseen."""
+
+
+def _damaged_line(path: Path, number: int) -> CorruptionError:
+    return CorruptionError(f"{path}: line {number} is damaged", path=str(path), offset=number)
+
+
+def _lines(file: ReadFile, path: Path) -> Iterator[tuple[bytes, bool]]:
+    """The file's lines without their newlines, and whether there was one: the last may have none."""
+    size, rest = file.size(), b""
+    for at in range(0, size, _WINDOW):
+        *lines, rest = (rest + file.read(at, min(_WINDOW, size - at))).split(b"\n")
+        for line in lines:
+            yield line, True
+        if len(rest) > _LONGEST:
+            raise _no_journal(path)
+    if rest:
+        yield rest, False
+
+
 def _tail(file: WriteFile) -> tuple[int, int]:
     """(end of the last whole line, its position). Reads backwards, so a long journal costs nothing."""
-    end = file.size
-    window = 1 << 16
+    start, data, window = file.size, b"", 1 << 16
+    stop = 0  # the place in `data` before which the last line may end
     while True:
-        start = max(0, end - window)
-        data = file.read(start, end - start)
-        cut = data.rfind(b"\n")
-        if cut < 0 and start > 0:
-            window *= 4
-            continue
-        if cut < 0:
-            return 0, 0
-        head = data.rfind(b"\n", 0, cut)
+        cut = data.rfind(b"\n", 0, stop)
+        head = data.rfind(b"\n", 0, cut) if cut >= 0 else -1
         if head < 0 and start > 0:
-            window *= 4
+            if len(data) > _LONGEST:
+                raise _no_journal(file.path)
+            before = max(0, start - window)
+            more = file.read(before, start - before)
+            data, start, window = more + data, before, 4 * window
+            stop += len(more)
             continue
-        entry = _parse(data[head + 1 : cut])
+        entry = _parse(data[head + 1 : cut]) if cut >= 0 else None
+        # A whole line with a bad check can only be a torn write that ended in a stray newline.
+        torn = len(data) - (cut if entry is not None else head) - 1
+        lines = data.count(b"\n", head + 1) if torn > _TORN else 0
+        if torn > _LONGEST or lines > 2:
+            raise _no_journal(file.path)
         if entry is not None:
             return start + cut + 1, entry.position
-        # A whole line with a bad check can only be a torn write that ended in a stray newline.
-        end = start + head + 1
-        if end == 0:
+        stop = head + 1
+        if stop == 0 and start == 0:
             return 0, 0
+
+
+def _no_journal(path: Path) -> CorruptionError:
+    return CorruptionError(
+        f"{path} is damaged: what stands at its end was not written by a journal",
+        path=str(path),
+        hint="moved away, it is written anew from the index, if that is whole: see `ckpt fsck`",
+    )

@@ -12,6 +12,7 @@ from ckptvcs.errors import CorruptionError, FormatError, StorageError
 from ckptvcs.ids import Buffer, Kind, ObjectId, digest
 from ckptvcs.store.format import (
     HEADER_BYTES,
+    PACK_LIMIT,
     RECORD_MAGIC,
     TRAILER_BYTES,
     Entry,
@@ -24,6 +25,9 @@ from ckptvcs.store.format import (
 )
 
 _BUFFER: Final = 1 << 20
+_MOST: Final = 2 * PACK_LIMIT
+"""Bytes of a pack, at most, that a scan looks at: a writer seals one that passes half as many."""
+
 _STRETCH: Final = 8 << 20
 """Every so many bytes the disk is told to begin writing, while the next are still being encoded."""
 
@@ -105,6 +109,10 @@ class PackWriter:
         self._disk.protect(self._file.path)
         # Also when the folder is there: whoever made it may have died before its name was durable.
         self._disk.make_dir(final.parent)
+        if self._disk.is_link(final.parent):
+            raise CorruptionError(
+                f"{final.parent} is a symbolic link, and no folder of packs", path=str(final.parent)
+            )
         self._disk.sync_dir(final.parent.parent)
         try:
             self._disk.publish(self._file.path, final)
@@ -212,7 +220,7 @@ class PackFile:
         The time is linear in the file's size: once the payloads that failed are longer than twice the
         file, which takes records made to hold each other, the scan goes on behind a record that fails.
         """
-        size = self._file.size()
+        size = min(self._file.size(), _MOST)
         magics = _Magics(self._file, size)
         failed = 0
         at = magics.find(0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ckptvcs.disk import Disk, random_name
-from ckptvcs.errors import CkptError, CorruptionError
+from ckptvcs.errors import CkptError, CorruptionError, StorageError
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.store.format import GRIDS, MAX_DEPTH, Entry, Format, Layout, PackName, unpack_object
 from ckptvcs.store.index import Index, PackInfo, Row
@@ -161,7 +161,8 @@ def pack_names(disk: Disk, layout: Layout) -> list[PackName]:
     """Every sealed pack on disk, in name order. What else lies in `packs/` is left alone."""
     found = []
     for folder in disk.names(layout.packs):
-        if not re.fullmatch("[0-9a-f]{2}", folder) or not disk.is_dir(layout.packs / folder):
+        path = layout.packs / folder
+        if not re.fullmatch("[0-9a-f]{2}", folder) or not disk.is_dir(path) or disk.is_link(path):
             continue
         for file in disk.names(layout.packs / folder):
             name = PackName.parse(file)
@@ -239,19 +240,27 @@ def _is_sound(disk: Disk, layout: Layout, name: PackName, entry: Entry) -> bool:
 def _references(
     reader: Reader, index: Index, rows: dict[ObjectId, Row], below: Below
 ) -> tuple[dict[ObjectId, list[ObjectId]], dict[ObjectId, Sequence[ObjectId]]]:
-    """What each readable object must reach, and the trees that commits need by themselves besides."""
+    """What each sound object must reach, and the trees that commits need by themselves besides.
+
+    StorageError if the disk does not give one: that says nothing of its bytes, and taken for damage it would
+    cost the rows of what is below.
+    """
     references: dict[ObjectId, list[ObjectId]] = {}
     alone: dict[ObjectId, Sequence[ObjectId]] = {}
     for id, row in rows.items():
         if row.kind is not Kind.CHUNK:
             with index.snapshot() as snapshot:
                 dropped = snapshot.drops(id) if row.kind is Kind.COMMIT else None
-            with contextlib.suppress(CkptError):
+            try:
                 payload = reader.objects(row.kind, [id])[0]
                 whole, by_themselves = below(reader, row.kind, id, payload, dropped)
-                references[id] = [child for _, child in whole]
-                if by_themselves:
-                    alone[id] = by_themselves
+            except StorageError:
+                raise
+            except CkptError:
+                continue
+            references[id] = [child for _, child in whole]
+            if by_themselves:
+                alone[id] = by_themselves
     return references, alone
 
 

@@ -176,6 +176,7 @@ class Store:
 
     def _try_open(self) -> bool:
         """Take the shared lock and open the index; False if there is none."""
+        self._refuse_links()
         self._read_format()
         self.disk.share(self.layout.root)
         self._make_missing_folders()
@@ -213,6 +214,17 @@ class Store:
                 self._read_format()
                 Index.grow(self.disk, self.layout.meta)
         return True
+
+    def _refuse_links(self) -> None:
+        """A link inside the folder could lead writing and collecting to files that are not the
+        repository's. The folder itself may be one."""
+        for path in self.layout.own:
+            if self.disk.is_link(path):
+                raise CorruptionError(
+                    f"{path} is a symbolic link: a repository's own files and folders are none",
+                    hint="put what it points to in its place; the folder .ckpt itself may be a link",
+                    path=str(path),
+                )
 
     def _make_missing_folders(self) -> None:
         """Empty folders get lost when a repository is copied by git, rsync or an object store."""
@@ -254,6 +266,7 @@ class Store:
         With `only_if_missing`, None if another process rebuilt it first.
         """
         self._close_index()
+        self._refuse_links()
         with self._lock(shared=False):
             self._read_format()
             self.format.check("write")

@@ -26,7 +26,7 @@ from ckptvcs.history.commit import (
     plain_config,
     plain_metrics,
 )
-from ckptvcs.ids import Kind, object_id
+from ckptvcs.ids import Kind, chunk_id, object_id
 from ckptvcs.store.format import pack_object, unpack_object
 
 TREE = ObjectId(b"t" * 32)
@@ -336,3 +336,53 @@ def test_byte_counts_for_people(count: int, shown: str) -> None:
 def test_a_report_in_a_line() -> None:
     report = CommitReport(2000, 500, 1500, 300, 0.125)
     assert str(report) == "2.0 kB given, 500 B new, 1.5 kB reused, 300 B stored in 0.12 s"
+
+
+LARGE = 1 << 4096
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": LARGE},
+        {"epoch": -LARGE},
+        {"time": LARGE},
+        {"metrics": {"loss": LARGE}},
+        {"sizes": {"model": LARGE}},
+        {"config": {"seeds": [{"x": LARGE}]}},
+        {"environment": {"x": LARGE}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_numbers_that_python_does_not_write_as_text(change: dict[str, Any]) -> None:
+    payload = encode_commit(**{**fields(), **change})
+    with pytest.raises(CorruptionError, match="4097 bits"):
+        decode_commit(object_id(Kind.COMMIT, payload), payload)
+
+
+def test_numbers_that_python_does_not_write_as_text_are_refused_first() -> None:
+    for refuse in (
+        lambda: checked_step(LARGE),
+        lambda: checked_epoch(LARGE),
+        lambda: plain_metrics({"loss": LARGE}),
+        lambda: plain_config({"seed": [LARGE]}),
+    ):
+        with pytest.raises(InvalidError, match="bits"):
+            refuse()
+    assert checked_step(LARGE - 1) == LARGE - 1
+
+
+@pytest.mark.parametrize(
+    "parents", [[1, 1], [1] * 1_000_000, list(range(1, 258))], ids=["two", "many", "257"]
+)
+def test_parents_beyond_all_merges(parents: list[int]) -> None:
+    """A graph has a column for each: the time to draw it grew with the square of their number."""
+    payload = encode_commit(**fields())
+    references, body = unpack_object(payload, "commit")
+    references += [(Kind.COMMIT, chunk_id(b"%d" % i)) for i in range(300)]
+    changed = pack_object(references, canonical.encode({**canonical.decode(body), "parents": parents}))
+    with pytest.raises(CorruptionError, match="parents"):
+        decode_commit(object_id(Kind.COMMIT, changed), changed)
+    ids = [chunk_id(b"%d" % each) for each in parents]
+    with pytest.raises(InvalidError, match="parents"):
+        encode_commit(**{**fields(), "parents": ids})

@@ -259,3 +259,13 @@ def test_two_handles_do_not_undo_each_others_settings(repo: Repo, folder: Path) 
         other.configure("author", "Ann")
         repo.configure("compression", "small")
         assert repo.config.get("author") == "Ann"
+
+
+@pytest.mark.parametrize(
+    "text", ["# a comment", 'author = "ada" # who', "[gc]\ngrace = '1h' #", "author = 'a'"]
+)
+def test_a_file_without_an_end_of_line_takes_a_setting(text: str) -> None:
+    """What was added behind a comment became a part of it, and nothing was set."""
+    changed = Config(Config(text).with_value("compression", "fast"))
+    assert changed.get("compression") == "fast"
+    assert changed.get("author") == Config(text).get("author")

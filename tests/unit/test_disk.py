@@ -392,3 +392,28 @@ def test_only_an_empty_folder_is_removed(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="cannot remove"):
             folder.remove_folder("full")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path: Path) -> None:
+    """Opening a pipe waits for a writer for ever, and a device never ends."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    disk = Disk()
+    for name in ("pipe", "device", "folder"):
+        with pytest.raises(StorageError, match="no ordinary file"):
+            disk.open(tmp_path / name)
+        with pytest.raises(StorageError, match="no ordinary file"):
+            disk.read(tmp_path / name)
+    for name in ("pipe", "folder"):
+        with pytest.raises(StorageError):
+            disk.append(tmp_path / name)
+    with Folder.open(tmp_path) as folder, pytest.raises(StorageError, match="no ordinary file"):
+        folder.open_file("pipe")
+
+
+def test_a_small_file_is_small(tmp_path: Path) -> None:
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 40)
+    with pytest.raises(StorageError, match="where at most 16777216 belong"):
+        Disk().read(tmp_path / "large")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ckptvcs.errors import CorruptionError, FormatError, LockedError, NotFoundEr
 from ckptvcs.ids import Kind, ObjectId, chunk_id
 from ckptvcs.store import index as index_module
 from ckptvcs.store.format import MAX_OBJECT, MAX_STORED, PackName
-from ckptvcs.store.index import TABLES, Index, PackInfo, Row, present
+from ckptvcs.store.index import TABLES, Index, PackInfo, Row, Snapshot, present
 from ckptvcs.store.journal import Drop, Expire, Fork, LogEntry, Move, Note, Pin, Status
 
 ONE, TWO, THREE = (chunk_id(b"%d" % i) for i in range(3))
@@ -97,6 +98,21 @@ def test_every_flip_in_a_row_is_seen(row: Row, data: st.DataObject) -> None:
 def test_short_rows(size: int) -> None:
     with pytest.raises(CorruptionError):
         Row.decode(ONE, ROW.encode()[:size])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ROW.encode()[:-4] + b"x",
+        ROW._replace(base=ONE).encode()[:-5],
+        ROW._replace(base=ONE).encode()[:3] + b"\x00" + ROW._replace(base=ONE).encode()[4:-4],
+        ROW.encode()[:3] + b"\x04" + ROW.encode()[4:-4],
+    ],
+    ids=["longer", "half a base", "a base that no flag names", "an unknown flag"],
+)
+def test_impossible_rows_with_a_right_checksum(body: bytes) -> None:
+    with pytest.raises(CorruptionError, match="is impossible"):
+        Row.decode(TWO, body + zlib.crc32(body).to_bytes(4, "little"))
 
 
 def test_rotten_rows_are_not_used(index: Index) -> None:
@@ -229,11 +245,52 @@ def test_an_empty_log_backwards(index: Index) -> None:
 def test_damaged_refs_are_said(index: Index) -> None:
     with index.change() as change:
         change._put("refs", b"refs/heads/main", b"\x00short")
-    with index.snapshot() as snapshot, pytest.raises(CorruptionError, match="a ref in the index is damaged"):
+    with index.snapshot() as snapshot, pytest.raises(CorruptionError, match="its table refs"):
         snapshot.ref("refs/heads/main")
 
 
 # -- transactions ---------------------------------------------------------------------------------
+
+
+Read = Callable[[Snapshot], object]
+ROTTEN: dict[str, tuple[str, bytes, bytes, Read]] = {
+    "a short pack": ("packs", PACK.key, b"\xff", lambda look: look.packs()),
+    "one short pack": ("packs", PACK.key, b"\xff", lambda look: look.pack(PACK)),
+    "a pack without a name": ("packs", b"x", bytes(12), lambda look: look.packs()),
+    "a ref that is no text": ("refs", b"refs/heads/\xff", b"\x00" + ONE, lambda look: look.refs()),
+    "a target that is no text": ("refs", b"HEAD", b"\x01\xff", lambda look: look.ref("HEAD")),
+    "a note that is no text": ("notes", ONE + b"\xff", b"\x01", lambda look: look.notes(ONE)),
+    "a note that is no value": ("notes", ONE + b"k", b"\xc1", lambda look: look.notes(ONE)),
+    "a note that is a list": ("notes", ONE + b"k", b"\x91\x01", lambda look: look.notes(ONE)),
+    "a short pin": ("pins", b"short", b"", lambda look: look.pins()),
+    "drops that are a number": ("drops", ONE, b"\x01", lambda look: look.drops(ONE)),
+    "drops that are numbers": ("drops", ONE, b"\x91\x01", lambda look: look.drops(ONE)),
+    "a state that is no text": ("status", b"main", b"\xff", lambda look: look.status()),
+    "a fork that is a number": ("forks", b"main", b"\x01", lambda look: look.fork("main")),
+    "a short number": ("meta", b"gc_seq", b"\x01", lambda look: look.gc_seq()),
+    "a row without an id": ("rows", b"short", ROW.encode(), lambda look: look.rows_from(b"", 9)),
+    "an id without its end": ("rows", b"short", ROW.encode(), lambda look: look.ids_with_prefix(b"sh", 9)),
+}
+
+
+@pytest.mark.parametrize("name", ROTTEN)
+def test_what_nobody_writes_is_damage(index: Index, name: str) -> None:
+    table, key, value, read = ROTTEN[name]
+    with index.change() as change:
+        change._put(table, key, value)
+    with (
+        index.snapshot() as snapshot,
+        pytest.raises(CorruptionError, match=f"in its table {table} ") as found,
+    ):
+        read(snapshot)
+    assert "--rebuild" in str(found.value.hint)
+
+
+def test_the_count_of_collections_starts_anew_at_its_end(index: Index) -> None:
+    with index.change() as change:
+        change._put("meta", b"gc_seq", b"\xff" * 8)
+        change.bump_gc_seq()
+        assert change.gc_seq() == 0
 
 
 def test_a_change_happens_whole_or_not_at_all(index: Index) -> None:

@@ -283,3 +283,38 @@ def test_what_a_failed_sync_left_does_not_count(journal: Journal, monkeypatch: p
     assert journal.last_position() == 2
     journal.append(after)
     assert list(journal.entries()) == LOG
+
+
+RUBBISH = {
+    "empty lines": b"\n" * (3 << 20),
+    "short lines": b"x\n" * (1 << 20),
+    "zeros and a line": bytes(17 << 20) + b"\n",
+    "one line": b"x" * (17 << 20),
+}
+
+
+@pytest.mark.parametrize("name", RUBBISH)
+def test_what_no_journal_wrote_is_told_at_once(journal: Journal, name: str) -> None:
+    """Looking for the last whole line took the square of the file's size. And what no torn write leaves is
+    not cut off: it may be all that is left of something."""
+    journal.append(lambda _: [LogEntry(1, 0, "a", "one", ())])
+    with journal.path.open("ab") as file:
+        file.write(RUBBISH[name])
+    with pytest.raises(CorruptionError, match="is damaged"):
+        journal.last_position()
+    size = journal.path.stat().st_size
+    with pytest.raises(CorruptionError, match="is damaged"):
+        journal.append(lambda _: [LogEntry(2, 0, "a", "two", ())])
+    assert journal.path.stat().st_size == size
+    with pytest.raises(CorruptionError, match="is damaged"):
+        list(journal.entries())
+
+
+def test_stale_blocks_behind_the_last_line_are_cut_off(journal: Journal) -> None:
+    """A torn write may show what lay there before: many lines of anything."""
+    journal.append(lambda _: [LogEntry(1, 0, "a", "one", ())])
+    with journal.path.open("ab") as file:
+        file.write(b"some other\nfile's lines\n" * 100)
+    assert journal.last_position() == 1
+    journal.append(lambda _: [LogEntry(2, 0, "a", "two", ())])
+    assert [entry.position for entry in journal.entries()] == [1, 2]

@@ -260,7 +260,7 @@ def checkout(revision: str, paths: tuple[str, ...], to: str | None, force: bool,
         where = f" below {output.clean(to)}" if to is not None else ""
         output.line(f"Wrote {output.counted(len(written), 'file')}{where}{kept}.")
     if not stays:
-        place = f"on {branch}" if branch is not None else "detached"
+        place = f"on {output.clean(branch)}" if branch is not None else "detached"
         output.line(f"HEAD is {place} at {commit.id.short} {output.clean(commit.title)}".rstrip())
     if state:
         output.note(
@@ -329,7 +329,7 @@ def status(as_json: bool) -> None:
         )
         return
     output.line(f"repository {output.clean(str(place))}")
-    on = f"on branch {branch}" if branch is not None else "HEAD is detached"
+    on = f"on branch {output.clean(branch)}" if branch is not None else "HEAD is detached"
     if commit is None:
         output.line(f"{on}, no commits yet")
     else:
@@ -344,9 +344,8 @@ def status(as_json: bool) -> None:
         if not files.modified and not files.missing:
             output.line(f"{output.counted(len(files.unchanged), 'committed file')} unchanged")
     for run in runs:
-        output.line(
-            f"{run.branch} is {f'claimed by {run.holder}' if run.holder else 'stale: its run was killed'}"
-        )
+        held = f"claimed by {run.holder}" if run.holder else "stale: its run was killed"
+        output.line(output.clean(f"{run.branch} is {held}"))
     if lost:
         output.line(f"{output.counted(len(lost), 'commit')} lost a race:")
         for name, id in lost.items():

@@ -217,7 +217,10 @@ def switch(name: str, create: bool, as_json: bool) -> None:
     if as_json:
         output.data({"branch": branch, "commit": None if tip is None else str(tip)})
     else:
-        output.line(f"HEAD is on {branch}" + (", no commits yet" if tip is None else f" at {tip.short}"))
+        output.line(
+            f"HEAD is on {output.clean(branch or name)}"
+            + (", no commits yet" if tip is None else f" at {tip.short}")
+        )
 
 
 def _no_branch(repo: Repo, name: str) -> NotFoundError:
