@@ -246,9 +246,10 @@ def run_killed(folder: Path, operate: Operate, at: int) -> Killed:
         kind: tuple(line[1:].decode() for line in lines if line[:1] == kind)
         for kind in (_STEP, _ACKNOWLEDGED)
     }
-    killed = status == -signal.SIGKILL
-    outcome = Killed(at if killed else 0, said[_STEP], said[_ACKNOWLEDGED])
-    if status and not killed:
+    # It may have been a process of the child's that went through the disk and died.
+    reached = 0 < at <= len(said[_STEP])
+    outcome = Killed(at if reached else 0, said[_STEP], said[_ACKNOWLEDGED])
+    if status and not (reached and status == -signal.SIGKILL):
         raise RuntimeError(f"the operation failed with status {status} behind {outcome.steps[-3:]}")
     return outcome
 
