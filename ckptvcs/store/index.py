@@ -22,6 +22,7 @@ import contextlib
 import errno
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,9 @@ TABLES: Final = {
 """The first byte of every key says which table it belongs to. One LMDB database holds them all: named
 databases can only be opened through a write transaction, which would make every open wait for writers.
 """
+
+_READERS_WAIT: Final = 60.0
+"""Seconds to wait for one of the 1,024 places for read transactions, each of which lasts for milliseconds."""
 
 _ROW: Final = struct.Struct("<BBBBHIIQ16sI")
 _CRC: Final = struct.Struct("<I")
@@ -625,7 +629,7 @@ class Index:
         """A consistent, short look. Never keep it across a wait or a long computation."""
         shared = self._attach(create=False)
         with self._errors():
-            txn = shared.env.begin()
+            txn = self._begin_reading(shared.env)
             try:
                 yield Snapshot(txn)
             finally:
@@ -647,6 +651,19 @@ class Index:
                 raise
             txn.commit()
         self._disk.index_committed(self._data)
+
+    def _begin_reading(self, env: Any) -> Any:
+        """A read transaction. While all places for readers are taken: processes that were killed give theirs
+        back, and the living are waited for."""
+        deadline = self._disk.seconds() + _READERS_WAIT
+        while True:
+            try:
+                return env.begin()
+            except lmdb.ReadersFullError:
+                if env.reader_check() == 0:
+                    if self._disk.seconds() > deadline:
+                        raise
+                    time.sleep(0.01)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
