@@ -22,7 +22,6 @@ import contextlib
 import errno
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -629,11 +628,13 @@ class Index:
         """A consistent, short look. Never keep it across a wait or a long computation."""
         shared = self._attach(create=False)
         with self._errors():
-            txn = self._begin_reading(shared.env)
+            look = Snapshot(self._begin_reading(shared.env))
             try:
-                yield Snapshot(txn)
+                yield look
             finally:
-                txn.abort()
+                # LMDB's binding gives the place among the readers back with the last reference, not before.
+                look._txn.abort()
+                look._txn = None
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Change]:
@@ -663,7 +664,7 @@ class Index:
                 if env.reader_check() == 0:
                     if self._disk.seconds() > deadline:
                         raise
-                    time.sleep(0.01)
+                    self._disk.pause(0.01)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
