@@ -590,6 +590,10 @@ class Disk:
         """A clock that only goes forward, for durations."""
         return time.perf_counter()
 
+    def pause(self, seconds: float) -> None:
+        """Let others go on for a while."""
+        time.sleep(seconds)
+
     def process(self) -> int:
         """This process's id: how a forked child notices that it is one."""
         return os.getpid()

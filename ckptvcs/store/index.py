@@ -73,6 +73,9 @@ TABLES: Final = {
 databases can only be opened through a write transaction, which would make every open wait for writers.
 """
 
+_READERS_WAIT: Final = 60.0
+"""Seconds to wait for one of the 1,024 places for read transactions, each of which lasts for milliseconds."""
+
 _ROW: Final = struct.Struct("<BBBBHIIQ16sI")
 _CRC: Final = struct.Struct("<I")
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
@@ -728,11 +731,13 @@ class Index:
         """A consistent, short look. Never keep it across a wait or a long computation."""
         shared = self._attach(create=False)
         with self._errors():
-            txn = shared.env.begin()
+            look = Snapshot(self._begin_reading(shared.env))
             try:
-                yield Snapshot(txn)
+                yield look
             finally:
-                txn.abort()
+                # LMDB's binding gives the place among the readers back with the last reference, not before.
+                look._txn.abort()
+                look._txn = None
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Change]:
@@ -750,6 +755,19 @@ class Index:
                 raise
             txn.commit()
         self._disk.index_committed(self._data)
+
+    def _begin_reading(self, env: Any) -> Any:
+        """A read transaction. While all places for readers are taken: processes that were killed give theirs
+        back, and the living are waited for."""
+        deadline = self._disk.seconds() + _READERS_WAIT
+        while True:
+            try:
+                return env.begin()
+            except lmdb.ReadersFullError:
+                if env.reader_check() == 0:
+                    if self._disk.seconds() > deadline:
+                        raise
+                    self._disk.pause(0.01)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -61,7 +61,7 @@ OWNERS = {
     "tempfile": ["disk.py", "companion.py"],
     "subprocess": ["companion.py", "running.py", "history/environment.py"],  # there to ask git
     "socket": ["companion.py"],
-    "signal": ["companion.py", "running.py", "training/preemption.py"],
+    "signal": ["companion.py", "running.py", "training/preemption.py", "testing/failpoints.py"],
     "hypothesis": ["testing/strategies.py"],
 }
 """Each library and each door to the operating system has one owner; `testing` doubles those doors."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -520,3 +522,50 @@ def test_a_file_that_is_no_index(tmp_path: Path) -> None:
 
 def test_pack_info_is_a_value() -> None:
     assert replace(PackInfo(1, 2), records=3) == PackInfo(1, 3)
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "living"])
+def test_a_full_table_of_readers_is_waited_for(index: Index, tmp_path: Path, killed: bool) -> None:
+    """All places for read transactions are taken, by a process that is killed or one that lets them go."""
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            env = lmdb.open(str(tmp_path / "meta"), max_readers=1024, map_size=1 << 30)
+            held = [env.begin() for _ in range(1024)]
+            os.write(tell, b"x")
+            time.sleep(60 if killed else 0.3)
+            held.clear()
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(ready, 1) == b"x"
+        if killed:
+            os.kill(child, signal.SIGKILL)
+        with index.snapshot() as snapshot:
+            assert snapshot.position() == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(tell)
+
+
+def test_a_look_that_is_over_takes_no_place(index: Index) -> None:
+    """However long somebody keeps the variable."""
+    kept = []
+    for _ in range(1100):
+        with index.snapshot() as snapshot:
+            kept.append(snapshot)
+    assert len(kept) == 1100
+
+
+def test_readers_that_never_let_go_are_named(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the end somebody has to be told."""
+    monkeypatch.setattr(index_module, "_READERS_WAIT", 0.05)
+    with contextlib.ExitStack() as stack:
+        for _ in range(1024):
+            stack.enter_context(index.snapshot())
+        with pytest.raises(LockedError, match="too many processes read"):
+            stack.enter_context(index.snapshot())

@@ -1,0 +1,427 @@
+"""SIGKILL between any two steps of every operation that has several, and what must be there afterwards."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+
+from ckptvcs import CkptError, ConflictError, LockedError, ObjectId, Repo
+from ckptvcs.companion import Channel, SharedMemory
+from ckptvcs.disk import Disk
+from ckptvcs.opened import Opened
+from ckptvcs.store import Store
+from ckptvcs.testing.failpoints import Acknowledge, Killed, KillingDisk, kill_at_every_step
+from tests.concurrency.processes import exact
+from tests.crash.stores import create, noise, put_commit
+
+Operate = Callable[[Repo, Acknowledge], None]
+Judge = Callable[[Repo, Killed], None]
+
+
+def state_of(number: int) -> dict[str, Any]:
+    """The state of a step: something that never changes, something that changes a little, something new."""
+    fresh = np.random.default_rng(number)
+    weights = np.random.default_rng(7).standard_normal(700).astype(np.float32)
+    weights[number % 50] += np.float32(number) / 1000
+    return {
+        "frozen": np.random.default_rng(1).integers(0, 256, 900, np.uint8),
+        "optimizer": {"exp_avg": fresh.standard_normal(40)},
+        "model": weights,
+        "step": number,
+    }
+
+
+def opened(folder: Path, disk: Disk | None = None, branch: str = "main") -> Repo:
+    """A handle that goes through a disk of the test's."""
+    store = Store.open(folder / ".ckpt", disk or Disk(), threads=1)
+    return Repo(Opened(store, "test"), branch, owner=True)
+
+
+@pytest.fixture(autouse=True)
+def _several_packs(several_packs: None) -> None:
+    """Each component of a commit gets a pack of its own."""
+
+
+@pytest.fixture
+def start(scratch: Path) -> Path:
+    """Three commits on main, the last of which a tag names."""
+    folder = scratch / "start"
+    folder.mkdir()
+    with Repo.init(folder) as repo:
+        for number in range(3):
+            repo.commit(state_of(number), step=number)
+        repo.tag("v2")
+    return folder
+
+
+class Kill(Protocol):
+    """Kill an operation of a handle at each of its steps, and check what is left."""
+
+    def __call__(
+        self, operate: Operate, judge: Judge = ..., *, prepare: Callable[[Repo], None] = ..., least: int
+    ) -> None: ...
+
+
+def nothing(*_: object) -> None:
+    """Nothing to prepare, or nothing more to judge."""
+
+
+@pytest.fixture
+def kill(scratch: Path, start: Path, covered: Callable[[str], None]) -> Kill:
+    """`Kill`, for a handle on main in a copy of `start`."""
+
+    def run(
+        operate: Operate, judge: Judge = nothing, *, prepare: Callable[[Repo], None] = nothing, least: int
+    ) -> None:
+        with opened(start) as repo:
+            prepare(repo)
+
+        def act(folder: Path, disk: KillingDisk, acknowledge: Acknowledge) -> None:
+            with opened(folder, disk) as repo:
+                operate(repo, acknowledge)
+
+        kills = kill_at_every_step(start, scratch, act, lambda folder, killed: whole(folder, killed, judge))
+        covered(f"killed at each of {kills} steps")
+        assert kills >= least
+
+    return run
+
+
+def whole(folder: Path, killed: Killed, judge: Judge) -> None:
+    """All that was there before and all that was acknowledged is there and exact, and work goes on."""
+    with opened(folder) as repo:
+        judge(repo, killed)
+        acknowledged(repo, killed)
+        sound(repo)
+        before = refs_of(repo)
+        repo.gc(grace=0)
+        assert repo.gc(grace=0, dry_run=True).disk == 0, "one collection is enough"
+        for name in ("tmp", "leases"):
+            left = [each for each in os.listdir(folder / ".ckpt" / name) if not is_own_lease(repo, each)]
+            assert left == [], (name, left)
+        assert refs_of(repo) == before
+        if "main" in repo.branches():
+            repo.restore({}, strict=False)
+        after = repo.commit(state_of(1000), step=1000)
+        exact(repo.checkout(after), state_of(1000))
+        before = refs_of(repo)
+    shutil.rmtree(folder / ".ckpt" / "meta")
+    with opened(folder) as repo:
+        assert refs_of(repo) == before
+        acknowledged(repo, killed)
+        sound(repo)
+
+
+def sound(repo: Repo) -> None:
+    """Every byte hashes to its id, and all that refs reach is there."""
+    report = repo.fsck(full=True)
+    assert report.ok, report.problems
+
+
+def acknowledged(repo: Repo, killed: Killed) -> None:
+    """Each commit that the child said it had made, as 'NUMBER ID', and those of the start."""
+    if "v2" in repo.tags():
+        for number in range(3):
+            exact(repo.checkout(f"v2~{2 - number}"), state_of(number))
+    for number, id in commits_of(killed):
+        exact(repo.checkout(id), state_of(number))
+
+
+def commits_of(killed: Killed) -> list[tuple[int, str]]:
+    """The commits among what was acknowledged, with their numbers."""
+    words = [said.split() for said in killed.acknowledged]
+    return [(int(word[0]), word[1]) for word in words if word[0].isdigit()]
+
+
+def is_own_lease(repo: Repo, name: str) -> bool:
+    """Whether it is the lease that this very handle holds."""
+    lock = repo._store.lease._lock
+    return lock is not None and lock.path.name == name
+
+
+def refs_of(repo: Repo) -> dict[str, ObjectId | str]:
+    """All refs, HEAD included."""
+    with repo._store.snapshot() as snapshot:
+        return snapshot.refs()
+
+
+def test_init(scratch: Path, covered: Callable[[str], None]) -> None:
+    """There is no repository, or a whole one, and the next init sweeps up."""
+    nowhere = scratch / "start"
+    nowhere.mkdir()
+
+    def operate(folder: Path, disk: KillingDisk, acknowledge: Acknowledge) -> None:
+        create(folder, disk).close()
+        acknowledge("created")
+
+    def check(folder: Path, killed: Killed) -> None:
+        if not (folder / ".ckpt").exists():
+            assert not killed.acknowledged
+            create(folder).close()
+        assert os.listdir(folder) == [".ckpt"]
+        whole(folder, killed, nothing)
+
+    kills = kill_at_every_step(nowhere, scratch, operate, check)
+    covered(f"killed at each of {kills} steps")
+    assert kills >= 40
+
+
+def test_commit(kill: Kill) -> None:
+    """Several packs, a difference among them. The tip is the old one or the new one."""
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        repo.restore({}, strict=False)
+        for number in (3, 4):
+            acknowledge(f"{number} {repo.commit(state_of(number), step=number).id}")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        done = len(killed.acknowledged)
+        tip = repo.resolve("main")
+        assert tip.step in (2 + done, 3 + done)
+        exact(repo.checkout(tip), state_of(tip.step or 0))
+
+    kill(operate, judge, least=80)
+
+
+def test_lost_race(kill: Kill) -> None:
+    """The commit that lost its race is under lost/, or nowhere."""
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        repo.restore({}, strict=False)
+        acknowledge(f"3 {repo.on('main').commit(state_of(3), step=3).id}")
+        with pytest.raises(ConflictError) as caught:
+            repo.commit(state_of(4), step=4)
+        acknowledge(f"4 {caught.value.rescued}")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        for name in repo.lost():
+            exact(repo.checkout(name), state_of(4))
+
+    kill(operate, judge, least=80)
+
+
+def test_commit_in_the_background(kill: Kill, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the writer process that dies, and the one after it too if it gets as far. The trainer is told
+    which saves were made, even if the writer died before it could answer, and goes on."""
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        monkeypatch.setattr("ckptvcs.background.Companion", forked(repo.disk))
+        repo.restore({}, strict=False)
+        for number in (3, 4):
+            pending = repo.commit_async(state_of(number), step=number)
+            try:
+                acknowledge(f"{number} {pending.result().id}")
+            except CkptError as error:
+                acknowledge(f"{error.code} {number} {error}")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        steps = [commit.step for commit in repo.log("main")]
+        refused = [int(said.split()[1]) for said in killed.acknowledged if said.startswith("writer-lost ")]
+        assert len(refused) + len(commits_of(killed)) == 2
+        assert steps == [number for number in (4, 3, 2, 1, 0) if number not in refused]
+        assert killed.at or not refused
+
+    kill(operate, judge, least=40)
+
+
+def forked(disk: Disk) -> Callable[..., Any]:
+    """Stands for `Companion`: the writer process as a fork of this one, whose repository lies on `disk`."""
+
+    class Forked:
+        alive = True
+
+        def __init__(self, module: str, memory: SharedMemory, _: object) -> None:
+            ours, theirs = socket.socketpair()
+            seen = os.dup(memory.descriptor)  # a fork lets go of what is its parent's
+            self.number = os.fork()
+            if self.number == 0:
+                ours.close()
+                for opening in ("ckptvcs.repo", "ckptvcs.opening"):
+                    vars(sys.modules[opening])["Disk"] = lambda: disk
+                try:
+                    importlib.import_module(module).main(Channel(theirs), SharedMemory.attached(seen))
+                finally:
+                    os._exit(0)
+            theirs.close()
+            os.close(seen)
+            self._channel = Channel(ours)
+            self.send, self.receive = self._channel.send, self._channel.receive
+
+        def end(self) -> str:
+            self._channel.close()
+            return f"ended with status {os.waitpid(self.number, 0)[1]}"
+
+    return Forked
+
+
+def test_ref_moves(kill: Kill) -> None:
+    """Branches, tags and HEAD: each change happened or did not, in order."""
+    changes: list[Callable[[Repo], object]] = [
+        lambda repo: repo.branch("side", "main~1"),
+        lambda repo: repo.set_head("side"),
+        lambda repo: repo.tag("t", "main~2"),
+        lambda repo: repo.set_head("main"),
+        lambda repo: repo.delete_branch("side", force=True),
+        lambda repo: repo.delete_tag("t", force=True),
+    ]
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        for change in changes:
+            change(repo)
+            acknowledge("changed")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        done = len(killed.acknowledged)
+        with repo._store.snapshot() as snapshot:
+            standing = (snapshot.ref("HEAD"), "side" in repo.branches(), "t" in repo.tags())
+        main, side = "refs/heads/main", "refs/heads/side"
+        stories = [
+            (main, False, False),
+            (main, True, False),
+            (side, True, False),
+            (side, True, True),
+            (main, True, True),
+            (main, False, True),
+            (main, False, False),
+        ]
+        assert standing in stories[done : done + 2]
+
+    kill(operate, judge, least=30)
+
+
+def test_collection(kill: Kill) -> None:
+    """Dead packs, packs that are dead in part, and what a dead writer left: nothing live is lost."""
+
+    def prepare(repo: Repo) -> None:
+        side = repo.on("side")
+        side.commit(state_of(10))
+        with pytest.MonkeyPatch.context() as patch:  # a pack that living and dead commits share
+            patch.setattr("ckptvcs.store.writer._SECTION_BYTES", 1 << 30)
+            side.commit({**state_of(11), "shared": state_of(12)})
+        repo.restore({}, strict=False)
+        repo.commit(state_of(12), step=12)
+        repo.delete_branch("side", force=True)
+        with repo._store.writer() as writer:
+            put_commit(writer, [noise(12, 800), noise(13, 800)])
+            writer._seal()
+            writer._sealed.clear()  # as if it had died: its packs stay
+        assert repo.gc(grace=0, dry_run=True).packs >= 3
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        repo.gc(grace=0)
+        acknowledge("collected")
+        repo.restore({}, strict=False)
+        # What is made behind a collection must not rest on anything it took.
+        acknowledge(f"13 {repo.commit(state_of(13), step=13).id}")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        exact(repo.checkout("main~1" if repo.resolve("main").step == 13 else "main"), state_of(12))
+
+    kill(operate, judge, prepare=prepare, least=60)
+
+
+def test_expiry_of_lost_commits(kill: Kill, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection that first drops names under lost/ which are older than 30 days."""
+
+    def prepare(repo: Repo) -> None:
+        repo.restore({}, strict=False)
+        repo.on("main").commit(state_of(3), step=3)
+        with pytest.raises(ConflictError):
+            repo.commit(state_of(4), step=4)
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        monkeypatch.setattr("ckptvcs.maintenance.gc.LOST_DAYS", -1)
+        repo.gc(grace=0)
+        acknowledge("collected")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        for name in repo.lost():
+            assert not killed.acknowledged
+            exact(repo.checkout(name), state_of(4))
+
+    kill(operate, judge, prepare=prepare, least=20)
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["asked-for", "missing"])
+def test_rebuild(scratch: Path, start: Path, covered: Callable[[str], None], missing: bool) -> None:
+    """The index is made anew, on request or because it is gone."""
+    if missing:
+        shutil.rmtree(start / ".ckpt" / "meta")
+
+    def operate(folder: Path, disk: KillingDisk, acknowledge: Acknowledge) -> None:
+        with opened(folder, disk) as repo:
+            if not missing:
+                assert repo.fsck(rebuild=True).ok
+            repo.restore({}, strict=False)
+            acknowledge(f"3 {repo.commit(state_of(3), step=3).id}")
+
+    kills = kill_at_every_step(start, scratch, operate, lambda folder, killed: whole(folder, killed, nothing))
+    covered(f"killed at each of {kills} steps")
+    assert kills >= 40
+
+
+def test_settings(kill: Kill) -> None:
+    """`config.toml` holds the old settings or the new ones."""
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        for value in ("1h", "2h", None):
+            repo.configure("gc.grace", value)
+            acknowledge("configured")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        done = len(killed.acknowledged)
+        assert repo.config.get("gc.grace") in ["24h", "1h", "2h", "24h"][done : done + 2]
+
+    kill(operate, judge, least=15)
+
+
+def test_claims(kill: Kill) -> None:
+    """A claim ends with its process, wherever that dies; a branch is taken over whole or not at all."""
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        repo.restore({}, strict=False)
+        first = repo.claim()
+        acknowledge(f"3 {repo.commit(state_of(3), step=3).id}")
+        with opened(repo.path, repo.disk) as other:
+            other.restore({}, strict=False)
+            other.claim(steal=True)
+            assert not first.held
+            with pytest.raises(LockedError):
+                repo.commit(state_of(4), step=4)
+            acknowledge(f"5 {other.commit(state_of(5), step=5).id}")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        with repo.claim():
+            assert repo.claimed
+        steps = [commit.step for commit in repo.log("main")]
+        assert steps in ([2, 1, 0], [3, 2, 1, 0], [5, 3, 2, 1, 0])
+
+    kill(operate, judge, least=80)
+
+
+def test_import(kill: Kill, tmp_path: Path) -> None:
+    """A branch of a folder of checkpoints, cut off anywhere: done again, it goes on where it stopped."""
+    for step in (1, 2, 3):
+        np.savez(tmp_path / f"step_{step}.npz", weights=np.arange(300) + step)
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        repo.import_run(tmp_path, branch="run")
+        acknowledge("imported")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        there = [commit.step for commit in repo.log("run")] if "run" in repo.branches() else []
+        assert there == [3, 2, 1][3 - len(there) :]
+        assert len(there) == 3 or not killed.acknowledged
+        repo.import_run(tmp_path, branch="run")
+        assert [commit.step for commit in repo.log("run")] == [3, 2, 1]
+
+    kill(operate, judge, least=80)
