@@ -388,10 +388,10 @@ def _number_at(found: Checkpoint, place: str) -> int | float | None:
 
 def _scalar(tensor: Any) -> float | None:
     """The number of a 0-dim tensor."""
-    from ckptvcs.state.compare import numbers
+    from ckptvcs.state.distance import widening
 
-    read = numbers(tensor) if tensor.shape in ((), (1,)) else None
-    value = None if read is None else read(0, 1)[0][0]
+    widened = widening(tensor.dtype, tensor.item) if tensor.shape in ((), (1,)) else None
+    value = None if widened is None else widened(tensor.opened()(0, tensor.item)).wide[0]
     return _number(float(value)) if value is not None and value.dtype.kind == "f" else None
 
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from ckptvcs import importing
     from ckptvcs.background import PendingCommit
     from ckptvcs.history.deleted import Deleted
+    from ckptvcs.history.diff import Diff
     from ckptvcs.maintenance import fsck, gc
     from ckptvcs.maintenance import ingest as ingesting
     from ckptvcs.maintenance.reach import Reach
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from ckptvcs.state import export as exporting
     from ckptvcs.state import files as file_trees
     from ckptvcs.state import tree as state_trees
+    from ckptvcs.state.checkpoint import Checkpoint
     from ckptvcs.state.lazy import LazyTensor
 
 Revs: TypeAlias = str | ObjectId | Commit | Sequence[str | ObjectId | Commit]
@@ -745,6 +747,50 @@ class Repo:
             first_parent=first_parent,
             brief=named if brief else None,
         )
+
+    def diff(
+        self,
+        old: str | ObjectId | Commit,
+        new: str | ObjectId | Commit = "HEAD",
+        *,
+        only: str | Sequence[str] | None = None,
+        norms: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> Diff:
+        """What changed from one commit to another: tensors (how far their numbers moved), values, files, and
+        with them step, metrics, config and environment. The gravest changes come first.
+
+        Ids decide what is the same: equal subtrees are skipped unread, and of tensors that differ only the
+        chunks that do are read, a few MiB at a time.
+
+        Args:
+            only: names or patterns as in `checkout`; NotFoundError if one matches nothing in either commit.
+            norms: of tensors that differ in some chunks only, read the others as well (once). Without, their
+                cosine is unknown and their relative size an upper bound.
+            say: told the path of each tensor that is looked at.
+        """
+        from ckptvcs.history.diff import diff
+
+        before, after = self.resolve(old), self.resolve(new)
+        with self._reading(before), self._reading(after) as reader:
+            return diff(reader, before, after, self.metrics, only=only, norms=norms, say=say)
+
+    @contextlib.contextmanager
+    def beside(
+        self, rev: str | ObjectId | Commit, path: StrPath, *, only: str | Sequence[str] | None = None
+    ) -> Iterator[tuple[Checkpoint, Checkpoint, str]]:
+        """A commit and a checkpoint file or folder, as sides for `compare.compare`, while both are open,
+        and the component of the commit that the file is about; "" for all of it."""
+        from ckptvcs.state.checkpoint import open_checkpoint, selected
+        from ckptvcs.state.side_by_side import aligned, contents
+
+        commit = self.resolve(rev)
+        file = open_checkpoint(self.disk, Path(path))
+        with self._reading(commit) as reader:
+            mine, prefix = aligned(contents(reader, commit.tree), file)
+            if only is not None:
+                mine, file = selected([mine, file], [only] if isinstance(only, str) else list(only))
+            yield mine, file, prefix
 
     def metrics(self, commit: Commit) -> dict[str, Any]:
         """A commit's metrics together with those that notes added later."""

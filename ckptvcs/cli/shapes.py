@@ -10,12 +10,13 @@ from ckptvcs.cli import output
 if TYPE_CHECKING:
     from ckptvcs.history.commit import Commit, CommitReport
     from ckptvcs.history.deleted import Deleted
+    from ckptvcs.history.diff import Diff
     from ckptvcs.ids import ObjectId
     from ckptvcs.importing import ImportReport
     from ckptvcs.repo import Repo
     from ckptvcs.runs import Run
     from ckptvcs.state.checkpoint import Checkpoint, Dense
-    from ckptvcs.state.compare import Change
+    from ckptvcs.state.compare import Change, Comparison
     from ckptvcs.state.export import ExportReport
     from ckptvcs.state.files import FileEntry
     from ckptvcs.state.statistics import Statistics
@@ -123,7 +124,7 @@ def file_shape(entry: FileEntry) -> dict[str, Any]:
 
 
 def checkpoint_shape(found: Checkpoint) -> dict[str, Any]:
-    """One side of a comparison. Commits will be another kind."""
+    """One side of a comparison that is a file."""
     return {"kind": "file", "path": str(found.path), "format": found.format, "bytes": found.nbytes}
 
 
@@ -226,13 +227,60 @@ def change_shape(change: Change) -> dict[str, Any]:
             "largest": distance.largest,
             "relative": distance.relative,
             "not_finite": distance.not_finite,
+            "l2": distance.l2,
+            "cosine": distance.cosine,
+            "whole": distance.whole,
         },
+        "parameter": change.parameter or None,
     }
+
+
+def comparison_shape(found: Comparison) -> dict[str, Any]:
+    """All changes, the gravest first."""
+    return {
+        "changes": [change_shape(change) for change in found.changes],
+        "equal": found.equal,
+        "equal_values": found.equal_values,
+    }
+
+
+def side_shape(commit: Commit) -> dict[str, Any]:
+    """One side of a comparison that is a commit."""
+    return {
+        "kind": "commit",
+        "id": str(commit.id),
+        "step": commit.step,
+        "message": commit.message,
+        "bytes": sum(commit.sizes.values()),
+    }
+
+
+def diff_shape(found: Diff) -> dict[str, Any]:
+    """What changed between two commits. A field that one side lacks is null there."""
+    return {
+        "old": side_shape(found.old),
+        "new": side_shape(found.new),
+        "fields": [
+            {"part": part, "name": name, "old": _field_shape(old), "new": _field_shape(new)}
+            for part, name, old, new in found.fields
+        ],
+        **comparison_shape(found.comparison),
+        "unread": found.unread,
+        "read_bytes": found.read,
+    }
+
+
+def _field_shape(value: Any) -> Any:
+    from ckptvcs.state.compare import ABSENT
+
+    return None if value is ABSENT else value
 
 
 def _side_shape(side: Any) -> Any:
     if hasattr(side, "shape"):
         return {"dtype": side.dtype, "shape": list(side.shape), "bytes": side.nbytes}
+    if hasattr(side, "identity"):
+        return {"kind": side.kind, "preview": side.text}
     plain = side is None or isinstance(side, (bool, int, float, str))
     return side if plain else None
 

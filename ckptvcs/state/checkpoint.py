@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from ckptvcs.disk import Disk
 from ckptvcs.errors import InvalidError, NotFoundError
 from ckptvcs.ids import Buffer
 from ckptvcs.state import paths
-from ckptvcs.state.formats.layout import File, Layout, Plain, TensorSource
+from ckptvcs.state.formats.layout import File, Layout, TensorSource
 from ckptvcs.state.formats.recognise import recognise
 from ckptvcs.store.format import FOLDER
 
@@ -37,6 +37,11 @@ class Dense:
         item: bytes per element.
         nbytes: bytes of all elements.
         opened: gives a new reader of its bytes.
+        identity: tensors of one identity have the same bytes; None if it says nothing.
+        cells: ids of its pieces of `cell` bytes, equal for equal ones; None if there are none.
+        cell: bytes of one of these pieces.
+        layout: what else there is to it, such as its order in memory and flags; () if nothing is known.
+        parameter: the parameter that it belongs to in an optimizer, where that is known, else "".
     """
 
     dtype: str
@@ -44,18 +49,24 @@ class Dense:
     item: int
     nbytes: int
     opened: Callable[[], Read]
+    identity: object = None
+    cells: Callable[[], Sequence[object]] | None = None
+    cell: int = 0
+    layout: tuple[object, ...] = ()
+    parameter: str = ""
 
 
 @dataclass(slots=True)
 class Checkpoint:
-    """What a file or folder holds.
+    """What a file or folder holds, or a commit (`side_by_side`).
 
     Attributes:
-        path: where it is.
-        format: "safetensors", "torch", "npz", "npy" or "folder".
+        path: where it is; what it is called.
+        format: "safetensors", "torch", "npz", "npy", "folder" or "commit".
         nbytes: bytes of all files.
         tensors: by path, in the order of the files.
-        leaves: numbers and text beside the tensors, and metadata, by path.
+        leaves: numbers and text beside the tensors, and metadata, by path: `layout.Plain`, or of a commit
+            also `compare.Opaque`.
         others: files that hold no tensors that are understood, as plain bytes by name; in a folder only.
         files: format by name of those that are understood, shards together; in a folder only.
     """
@@ -64,7 +75,7 @@ class Checkpoint:
     format: str
     nbytes: int = 0
     tensors: dict[str, Dense] = field(default_factory=dict)
-    leaves: dict[str, Plain] = field(default_factory=dict)
+    leaves: dict[str, Any] = field(default_factory=dict)
     others: dict[str, Dense] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 

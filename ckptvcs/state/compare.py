@@ -1,7 +1,7 @@
 """How two sets of tensors and values differ: what came, went or was reshaped, and how far numbers moved.
 
-Tensors are read in pieces, first to compare bytes; only where these differ are numbers looked at. What
-differs is counted by bits (so -0.0 is not 0.0, and a NaN equals itself); distances are computed in float64.
+Tensors of commits are compared by the ids of their chunks, and only chunks that differ are read; of files,
+bytes are compared first, in pieces. Only what differs is looked at as numbers (`distance`).
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, TypeAlias
 
-import numpy as np
-
-from ckptvcs.errors import FormatError
-from ckptvcs.state.checkpoint import Checkpoint, Dense, Read
+from ckptvcs.state.checkpoint import Checkpoint, Dense
+from ckptvcs.state.distance import Distance, Measure, widening
 from ckptvcs.state.formats.layout import Plain
-from ckptvcs.state.tensors import numpy_dtype
 
 _PIECE: Final = 1 << 22
-"""Bytes read at a time of each side. As float64 a piece of float8 takes eight times that."""
+"""Bytes computed with at a time of each side. As float64 a piece of float8 takes eight times that."""
 
-ORDER: Final = ("reshaped", "cast", "removed", "new", "changed", "value", "file")
+_READ: Final = 1 << 24
+"""Bytes read at a time of each side, if they lie in chunks: enough for several threads."""
+
+ORDER: Final = (
+    "reshaped", "cast", "removed", "new", "changed", "layout", "type", "value", "file",
+)  # fmt: skip
 """Kinds of change, the gravest first."""
 
 
@@ -35,21 +37,30 @@ ABSENT: Final = _Absent()
 
 
 @dataclass(frozen=True, slots=True)
-class Distance:
-    """How far the numbers of a tensor moved.
+class Opaque:
+    """A value of a commit that JSON has no word for.
 
     Attributes:
-        changed: part of the elements whose bits differ, 0 to 1. After a cast, of those whose value does.
-        largest: the largest absolute difference among finite numbers.
-        relative: the Euclidean norm of the difference over that of the old tensor, finite numbers only; inf
-            if the old one is all zero.
-        not_finite: elements that differ where one side is infinite or no number, left out of both.
+        kind: the word for it, as `ls` has it.
+        identity: what is equal for equal values.
+        text: a short text.
     """
 
-    changed: float
-    largest: float
-    relative: float
-    not_finite: int
+    kind: str
+    identity: object
+    text: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Opaque) and (self.kind, self.identity) == (other.kind, other.identity)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.identity))
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+Value: TypeAlias = "Plain | Opaque"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +72,15 @@ class Change:
         path: where.
         old, new: the tensor or file on each side, None where there is none; or the value, or `ABSENT`.
         distance: for numbers of one shape; else None.
+        parameter: the parameter that an optimizer's entry belongs to, where it is known, else "".
     """
 
     kind: str
     path: str
-    old: Dense | Plain | _Absent
-    new: Dense | Plain | _Absent
+    old: Dense | Value | _Absent
+    new: Dense | Value | _Absent
     distance: Distance | None = None
+    parameter: str = ""
 
 
 @dataclass(slots=True)
@@ -79,44 +92,71 @@ class Comparison:
     equal_values: int
 
 
-def compare(old: Checkpoint, new: Checkpoint, say: Callable[[str], None] | None = None) -> Comparison:
-    """Compare two checkpoints by path. `say` is told each tensor's path."""
+def compare(
+    old: Checkpoint, new: Checkpoint, say: Callable[[str], None] | None = None, *, norms: bool = False
+) -> Comparison:
+    """Compare two sides by path. `say` is told each tensor's path.
+
+    `norms`: of tensors that differ in part, chunks that are equal are read as well, once (`distance`).
+    """
     changes: list[Change] = []
     equal = 0
-    for path in old.tensors | new.tensors:
+    for path in {**old.tensors, **new.tensors}:
         if say is not None:
             say(path)
         before, after = old.tensors.get(path), new.tensors.get(path)
+        parameter = next((each.parameter for each in (after, before) if each and each.parameter), "")
+        distance = None
         if before is None or after is None:
-            changes.append(Change("new" if before is None else "removed", path, before, after))
+            kind = "new" if before is None else "removed"
         elif before.shape != after.shape:
-            changes.append(Change("reshaped", path, before, after))
+            kind = "reshaped"
         elif before.dtype != after.dtype:
-            changes.append(Change("cast", path, before, after, _distance(before, after)))
-        elif _same_bytes(before, after):
-            equal += 1
+            kind, distance = "cast", _distance(before, after, _all(before), [])
         else:
-            changes.append(Change("changed", path, before, after, _distance(before, after)))
+            differing, same = _runs(before, after)
+            if differing:
+                kind = "changed"
+                distance = _distance(before, after, differing, same if norms else [])
+            elif before.layout and after.layout and before.layout != after.layout:
+                kind = "layout"
+            else:
+                equal += 1
+                continue
+        changes.append(Change(kind, path, before, after, distance, parameter))
     values = _values(old.leaves, new.leaves)
     changes += values
-    for name in old.others | new.others:
+    for name in {**old.others, **new.others}:
         before, after = old.others.get(name), new.others.get(name)
-        if before is None or after is None or not _same_bytes(before, after):
+        if (
+            before is None
+            or after is None
+            or before.layout != after.layout
+            or before.nbytes != after.nbytes
+            or _runs(before, after)[0]
+        ):
             changes.append(Change("file", name, before, after))
-    changes.sort(key=_gravity)
     together = len(old.leaves | new.leaves)
-    return Comparison(changes, equal, together - len(values))
+    return Comparison(arranged(changes), equal, together - len(values))
 
 
-def _values(old: Mapping[str, Plain], new: Mapping[str, Plain]) -> list[Change]:
+def arranged(changes: list[Change]) -> list[Change]:
+    """Changes with the gravest first."""
+    return sorted(changes, key=_gravity)
+
+
+def _values(old: Mapping[str, Value], new: Mapping[str, Value]) -> list[Change]:
     both = dict.fromkeys((*old, *new))
     sides = ((path, old.get(path, ABSENT), new.get(path, ABSENT)) for path in both)
-    return [Change("value", path, one, other) for path, one, other in sides if not _same(one, other)]
+    return [Change("value", path, one, other) for path, one, other in sides if not same_value(one, other)]
 
 
-def _same(one: object, other: object) -> bool:
+def same_value(one: object, other: object) -> bool:
+    """Whether two values are equal: of the same type, and a NaN equals itself."""
     if type(one) is float and type(other) is float:
-        return one == other or (math.isnan(one) and math.isnan(other))
+        return (one == other and math.copysign(1, one) == math.copysign(1, other)) or (
+            math.isnan(one) and math.isnan(other)
+        )
     return type(one) is type(other) and one == other
 
 
@@ -127,84 +167,68 @@ def _gravity(change: Change) -> tuple[int, float]:
     return ORDER.index(change.kind), -moved
 
 
-def _pieces(nbytes: int, item: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _PIECE // item) * item
-    for start in range(0, nbytes, step):
-        yield start, min(step, nbytes - start)
+# -- which bytes differ --------------------------------------------------------------------------------
+
+_Run: TypeAlias = tuple[int, int]
+"""Bytes [start, stop) of a tensor."""
+
+
+def _all(tensor: Dense) -> list[_Run]:
+    return [(0, tensor.nbytes)] if tensor.nbytes else []
+
+
+def _runs(old: Dense, new: Dense) -> tuple[list[_Run], list[_Run]]:
+    """Where two tensors of one size may differ, and where they are equal."""
+    if old.identity is not None and old.identity == new.identity:
+        return [], _all(old)
+    if old.cells is None or new.cells is None or old.cell != new.cell:
+        return (_all(old), []) if not _same_bytes(old, new) else ([], _all(old))
+    found: tuple[list[_Run], list[_Run]] = ([], [])
+    for at, (one, other) in enumerate(zip(old.cells(), new.cells(), strict=True)):
+        runs = found[one == other]
+        start, stop = at * old.cell, min((at + 1) * old.cell, old.nbytes)
+        if runs and runs[-1][1] == start:
+            start = runs.pop()[0]
+        runs.append((start, stop))
+    return found
 
 
 def _same_bytes(old: Dense, new: Dense) -> bool:
-    if old.nbytes != new.nbytes:
-        return False
     one, other = old.opened(), new.opened()
+    step = max(1, _PIECE // old.item) * old.item
     return all(
         memoryview(one(start, length)) == memoryview(other(start, length))
-        for start, length in _pieces(old.nbytes, old.item)
+        for start in range(0, old.nbytes, step)
+        for length in [min(step, old.nbytes - start)]
     )
 
 
-# -- numbers -----------------------------------------------------------------------------------------
+# -- numbers -------------------------------------------------------------------------------------------
 
 
-def _distance(old: Dense, new: Dense) -> Distance | None:
+def _distance(old: Dense, new: Dense, differing: list[_Run], equal: list[_Run]) -> Distance | None:
     """None where a side's elements are no numbers that can be computed with."""
-    one, other = numbers(old), numbers(new)
+    one, other = widening(old.dtype, old.item), widening(new.dtype, new.item)
     if one is None or other is None:
         return None
-    total = math.prod(old.shape)
-    changed = not_finite = 0
-    largest = squares = norm = 0.0
-    step = max(1, _PIECE // max(old.item, new.item))
-    for start in range(0, total, step):
-        count = min(step, total - start)
-        a, a_bits = one(start, count)
-        b, b_bits = other(start, count)
-        differs = a != b
-        if a_bits.dtype == b_bits.dtype and old.dtype == new.dtype:
-            differs = a_bits != b_bits
-            if differs.ndim > 1:
-                differs = differs.any(axis=1)
-        else:
-            differs &= ~(np.isnan(a) & np.isnan(b))
-        changed += int(np.count_nonzero(differs))
-        finite = np.isfinite(a) & np.isfinite(b)
-        not_finite += int(np.count_nonzero(differs & ~finite))
-        a, b = np.where(finite, a, 0), np.where(finite, b, 0)
-        with np.errstate(over="ignore"):
-            moved, size = np.abs(b - a), np.abs(a)
-            squares += float(np.dot(moved, moved))
-            norm += float(np.dot(size, size))
-        largest = max(largest, float(moved.max(initial=0.0)))
-    if norm:
-        relative = math.sqrt(squares / norm)
-    else:
-        relative = math.inf if squares else 0.0
-    return Distance(changed / total if total else 0.0, largest, relative, not_finite)
+    measure = Measure(math.prod(old.shape), old.dtype == new.dtype)
+    step = max(1, _PIECE // max(old.item, new.item, 8))
+    spans = [(start // old.item, stop // old.item) for start, stop in differing]
+    for before, after in zip(_pieces(old, spans, step), _pieces(new, spans, step), strict=True):
+        measure.add(one(before), other(after))
+    for both in _pieces(old, [(start // old.item, stop // old.item) for start, stop in equal], step):
+        measure.add_equal(one(both))
+    return measure.distance()
 
 
-_Numbers = Callable[[int, int], tuple[Any, Any]]
-
-
-def numbers(tensor: Dense) -> _Numbers | None:
-    """A function of (first element, count): the elements in float64 (or complex128), and their bits."""
-    try:
-        dtype = numpy_dtype(tensor.dtype)
-        wide = np.complex128 if tensor.dtype.startswith("complex") else np.float64
-        np.zeros(1, dtype).astype(wide)
-    except (FormatError, TypeError, ValueError):
-        return None
-    if dtype.kind in "SUmM" or tensor.dtype == "complex32":
-        return None
-    # Wider elements as rows of words.
-    word = min(tensor.item, 8)
-    read: Read = tensor.opened()
-
-    def read_numbers(start: int, count: int) -> tuple[Any, Any]:
-        data = read(start * tensor.item, count * tensor.item)
-        with np.errstate(invalid="ignore", over="ignore"):
-            bits = np.frombuffer(data, np.dtype(f"u{word}"))
-            if word != tensor.item:
-                bits = bits.reshape(count, -1)
-            return np.frombuffer(data, dtype).astype(wide), bits
-
-    return read_numbers
+def _pieces(tensor: Dense, spans: list[_Run], step: int) -> Iterator[memoryview]:
+    """The bytes of elements [start, stop) of each span, `step` elements at a time."""
+    item, read, ahead = tensor.item, tensor.opened(), step
+    if tensor.cells is not None:
+        ahead = max(1, _READ // (step * item)) * step
+    for first, last in spans:
+        for at in range(first, last, ahead):
+            until = min(at + ahead, last)
+            data = memoryview(read(at * item, (until - at) * item))
+            for piece in range(0, until - at, step):
+                yield data[piece * item : min(piece + step, until - at) * item]

@@ -8,8 +8,9 @@ CorruptionError, before memory is allocated for it.
 from __future__ import annotations
 
 import collections
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -156,6 +157,15 @@ class Compound(Branch):
     """Of a sparse tensor (layout, flags), of a quantised one (scheme, flags, axis)."""
 
 
+@dataclass(slots=True, eq=False)
+class StoredTree(Stored):
+    """A dict or list, or some entries of a dict, left in its tree (`Loader(apart=...)`). In place of
+    entries it is the key as well. `load` gives what it holds."""
+
+    id: ObjectId
+    load: Callable[[], Stored]
+
+
 @dataclass(slots=True)
 class _Object:
     """A tree object being decoded, and the trees it refers to that have been fetched."""
@@ -197,8 +207,10 @@ _PLAIN: Final = {
 class Loader:
     """Decodes trees."""
 
-    def __init__(self, reader: ObjectReader) -> None:
+    def __init__(self, reader: ObjectReader, apart: Set[ObjectId] = frozenset()) -> None:
+        """Trees in `apart` are left as `StoredTree`, where a dict or list of a state may be one."""
         self._reader = reader
+        self._apart = set(apart)
         self._grid = grid = reader.grid
         # What is longer becomes pages, except in keys.
         self._longest = max(grid.subtree, 16 * grid.list_page, 8 * grid.map_page)
@@ -272,19 +284,25 @@ class Loader:
         return self._open(id, parent.fetched[id])
 
     def _pages(
-        self, value: Any, opened: _Object, kind: type, code: int, ahead: bool
+        self, value: Any, opened: _Object, kind: type, code: int, ahead: bool, apart: bool = False
     ) -> Iterator[tuple[Any, _Object]]:
-        """The list or dict values, each with its object, that together are one container."""
+        """The list or dict values, each with its object, that together are one container; with `apart` also
+        trees that are left so."""
+        apart = apart and bool(self._apart)
         if type(value) is Tagged and value.code == codes.SUBTREE:
-            opened = self._child(opened, _decode(value.payload, opened.where), ahead)
+            position = _decode(value.payload, opened.where)
+            if apart and (id := opened.reference(position, Kind.TREE)) in self._apart:
+                yield StoredTree("tree", id, _unloaded), opened
+                return
+            opened = self._child(opened, position, ahead)
             value = opened.body
-        for page, home in self._unpage(value, opened, kind, code, None):
-            if len(page) > self._longest and not self._in_keys:
+        for page, home in self._unpage(value, opened, kind, code, None, apart):
+            if type(page) is not StoredTree and len(page) > self._longest and not self._in_keys:
                 raise CorruptionError(f"{home.where}: a {kind.__name__} that belongs into pages")
             yield page, home
 
     def _unpage(
-        self, value: Any, opened: _Object, kind: type, code: int, level: int | None
+        self, value: Any, opened: _Object, kind: type, code: int, level: int | None, apart: bool = False
     ) -> Iterator[tuple[Any, _Object]]:
         if type(value) is kind and not level:
             yield value, opened
@@ -300,13 +318,16 @@ class Loader:
         ):
             raise CorruptionError(f"{opened.where}: impossible pages")
         for position in positions:
-            page = self._child(opened, position, True)
+            if apart and (id := opened.reference(position, Kind.TREE)) in self._apart:
+                yield StoredTree("tree", id, _unloaded), opened
+                continue
+            page = self._child(opened, position, not apart)
             if found == 0:
                 if type(page.body) is not kind:
                     raise CorruptionError(f"{page.where}: a page of a {kind.__name__} was expected")
                 yield page.body, page
             else:
-                yield from self._unpage(page.body, page, kind, code, found)
+                yield from self._unpage(page.body, page, kind, code, found, apart)
 
     def _fields(self, value: Tagged, opened: _Object, count: int) -> list[Any]:
         fields = _decode(value.payload, opened.where)
@@ -329,7 +350,7 @@ class Loader:
         if type(value) is list:
             return self._list("list", value, opened, selection, depth, lambda keys, found: found)
         if type(value) is dict:
-            return self._map("dict", value, opened, selection, depth, _make_dict)
+            return self._map("dict", value, opened, selection, depth, _make_dict, apart=True)
         if type(value) is Tagged:
             decoder = _DECODERS.get(value.code)
             if decoder is not None:
@@ -382,10 +403,17 @@ class Loader:
         selection: Selection,
         depth: int,
         make: Callable[[list[Any], list[Any]], Any],
+        apart: bool = False,
     ) -> Branch:
-        keys, children = [], []
+        keys: list[Any] = []
+        children: list[Stored] = []
         seen: set[Any] = set()
-        for page, home in self._pages(value, opened, dict, codes.MAP_PAGES, selection.whole):
+        for page, home in self._pages(value, opened, dict, codes.MAP_PAGES, selection.whole, apart=apart):
+            if type(page) is StoredTree:
+                page.load = functools.partial(self._entries_of, page.id, selection, depth)
+                keys.append(page)
+                children.append(page)
+                continue
             for raw, item in page.items():
                 key = raw if type(raw) is str else self._key(raw, home, depth)
                 if key in seen:
@@ -398,6 +426,20 @@ class Loader:
                         keys.append(key)
                         children.append(child)
         return Branch(word, keys, children, make)
+
+    def _entries_of(self, id: ObjectId, selection: Selection, depth: int) -> Stored:
+        """What a tree holds that was left apart, as a dict or list of its own."""
+        self._apart.discard(id)
+        (payload,) = self._reader.objects(Kind.TREE, [id])
+        return self._container(self._open(id, payload), selection, depth)
+
+    def _container(self, child: _Object, selection: Selection, depth: int) -> Branch:
+        body = child.body
+        if type(body) is dict or (type(body) is Tagged and body.code == codes.MAP_PAGES):
+            return self._map("dict", body, child, selection, depth, _make_dict, apart=True)
+        if type(body) is list or (type(body) is Tagged and body.code == codes.LIST_PAGES):
+            return self._list("list", body, child, selection, depth, lambda keys, found: found)
+        raise CorruptionError(f"{child.where}: a subtree that is no container")
 
     def _key(self, raw: Any, opened: _Object, depth: int) -> Any:
         key = self._flat(raw, opened, depth)
@@ -420,13 +462,10 @@ class Loader:
     # -- tagged nodes -----------------------------------------------------------------------------
 
     def _subtree(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
-        child = self._child(opened, self._payload(value, opened), selection.whole)
-        body = child.body
-        if type(body) is dict or (type(body) is Tagged and body.code == codes.MAP_PAGES):
-            return self._map("dict", body, child, selection, depth, _make_dict)
-        if type(body) is list or (type(body) is Tagged and body.code == codes.LIST_PAGES):
-            return self._list("list", body, child, selection, depth, lambda keys, found: found)
-        raise CorruptionError(f"{child.where}: a subtree that is no container")
+        position = self._payload(value, opened)
+        if self._apart and (id := opened.reference(position, Kind.TREE)) in self._apart:
+            return StoredTree("tree", id, functools.partial(self._entries_of, id, selection, depth))
+        return self._container(self._child(opened, position, selection.whole), selection, depth)
 
     def _tuple(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
         inner = self._payload(value, opened)
@@ -473,7 +512,7 @@ class Loader:
                 made._metadata = each  # type: ignore[attr-defined]
             return made
 
-        return self._map("OrderedDict", parts[0], opened, selection, depth, make)
+        return self._map("OrderedDict", parts[0], opened, selection, depth, make, apart=True)
 
     def _defaultdict(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
         name, inner = self._fields(value, opened, 2)
@@ -775,6 +814,31 @@ class Loader:
         if type(target) is not str:
             raise CorruptionError(f"{opened.where}: a link without a target")
         return StoredLink("link", target)
+
+
+def _unloaded() -> Stored:
+    raise AssertionError("set by whoever asked for trees to be left apart")
+
+
+def shared_trees(reader: ObjectReader, one: ObjectId, other: ObjectId) -> set[ObjectId]:
+    """Trees that both of two trees refer to; of what lies below these only what is found elsewhere, too."""
+    seen: tuple[set[ObjectId], set[ObjectId]] = ({one}, {other})
+    edges = ({one}, {other})
+    while any(edges):
+        below: tuple[set[ObjectId], set[ObjectId]] = (set(), set())
+        wanted = sorted((edges[0] | edges[1]) - (seen[0] & seen[1]))
+        for start in range(0, len(wanted), _AT_ONCE):
+            ids = wanted[start : start + _AT_ONCE]
+            for id, payload in zip(ids, reader.objects(Kind.TREE, ids), strict=True):
+                named = {each for kind, each in unpack_object(payload, f"tree {id.short}")[0]
+                         if kind is Kind.TREE}  # fmt: skip
+                for side in (0, 1):
+                    if id in edges[side]:
+                        below[side].update(named - seen[side])
+        for side in (0, 1):
+            seen[side].update(below[side])
+        edges = below
+    return seen[0] & seen[1]
 
 
 def _parsed(id: ObjectId, payload: bytes) -> _Object:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
@@ -49,6 +49,7 @@ __all__ = [
     "StoredFile",
     "StoredLink",
     "Written",
+    "above",
     "check",
     "entries",
     "files",
@@ -369,11 +370,11 @@ def entries(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | No
         stored = load(reader, tree, only)
         names = parameter_names(stored if only is None else load(reader, tree))
         for entry in _entries("", stored):
-            name = _above(entry.path, names)
+            name = above(entry.path, names)
             yield dataclasses.replace(entry, parameter=name) if name else entry
 
 
-def _above(path: str, names: dict[str, str]) -> str:
+def above(path: str, names: Mapping[str, str]) -> str:
     """What `names` says of a path, or of the nearest one above it."""
     while names and path not in names:
         path, slash, _ = path.rpartition("/")

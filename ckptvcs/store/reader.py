@@ -235,10 +235,10 @@ class Reader:
         id, row = link
         pack = self._pack(row.pack)
         if row.codec == codec.RAW and row.base is None and row.stored == len(into):
-            self.bytes_read += pack.read_into(into, row.offset + HEADER_BYTES)
+            self._count(pack.read_into(into, row.offset + HEADER_BYTES))
             return
         header, payload = pack.record(row.offset, row.stored, _buffers.of)
-        self.bytes_read += row.stored
+        self._count(row.stored)
         where = f"{pack.path} at {row.offset}"
         if header.id != id or header.raw != len(into) or header.base != row.base:
             raise CorruptionError(
@@ -250,6 +250,10 @@ class Reader:
         codec.decode(
             header.codec, payload, into, header.element_size, None if row.base is None else into, where
         )
+
+    def _count(self, nbytes: int) -> None:
+        with self._mutex:  # several threads read
+            self.bytes_read += nbytes
 
     def _pack(self, name: PackName) -> PackFile:
         with self._mutex:
