@@ -25,8 +25,8 @@ def test_gc_announces_holds_and_frees(repo: Repo, folder: Path) -> None:
 
     announced = ckpt(folder, "gc", "--dry-run", "--grace", "0", "--json").json
     assert set(announced) == {
-        "dry_run", "freed", "records", "commits", "packs", "disk", "leftovers", "held", "grace", "expired",
-        "problems",
+        "dry_run", "freed", "records", "commits", "packs", "reencoded", "disk", "leftovers", "held",
+        "grace", "expired", "problems",
     }  # fmt: skip
     assert "Would free" in ckpt(folder, "gc", "--dry-run", "--grace", "0").out
     freed = ckpt(folder, "gc", "--grace", "0", "--json").json

@@ -32,11 +32,13 @@ Who acts
 * A deleter removes a ref. A tagger points the tag at any commit whose row is present.
 * A writer or the collector crashes where it stands; the kernel frees its lease or gc.lock.
 * A scrub finds a chunk's bytes damaged; the next commit of that chunk repairs the row.
+* Retention records that a commit's payload is dropped, as a whole or in part. A part needs trees: things that
+  refer to others, of which the dropped commit keeps the tree *alone* and some of what is below it.
 
 What is left out: power loss (an index transaction counts as durable), refs.journal, readers, index-free
-writers, trees and chunk lists (more levels of the same rule), reflog, pins and the undo window (only more
-roots: this is ``--grace 0``), and the collector's fallback of marking inside the deleting transaction (the
-interleaving in which nobody moves between mark and delete).
+writers, trees and chunk lists where nothing is dropped (more levels of the same rule), reflog, pins and the
+undo window (only more roots: this is ``--grace 0``), and the collector's fallback of marking inside the
+deleting transaction (the interleaving in which nobody moves between mark and delete).
 
 Each rule that can be broken on purpose is a field of `Rules`. That compaction re-points a row by
 compare-and-set is not among them, because breaking it does no harm here: only the collector deletes rows,
@@ -94,6 +96,10 @@ class Rules:
     """The expected tip's row is checked too where it is a parent: the comparison with the tip may fail."""
     check_tagged_row: bool = True
     """A new ref to an existing commit checks the commit's row in its own transaction."""
+    alone_apart: bool = True
+    """A tree that a dropped commit keeps alone is not marked whole: what else reaches it looks below it."""
+    look_below_trees: bool = True
+    """A writer looks up what is below a tree that it finds stored."""
     plain_repair: bool = True
     """A damaged row is replaced by a plain frame.
 
@@ -107,7 +113,12 @@ class Commit:
     """What a commit reaches. Commits have the ids 0, 1, ...; the chunks' ids follow."""
 
     chunks: tuple[int, ...]
+    """All that it publishes besides itself, trees included."""
     parents: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    """Of these, what it still needs with everything below once its payload is dropped."""
+    alone: tuple[int, ...] = ()
+    """Trees that it then needs by themselves."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,9 @@ class World:
     writer_crashes: int = 0
     collector_crashes: int = 0
     damages: int = 0
+    drops: int = 0
+    trees: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Trees, each with what it refers to; they have ids among the chunks'."""
     compaction: bool = False
     split_lookups: bool = False
     """Each id is looked up in a read transaction of its own."""
@@ -154,6 +168,22 @@ class World:
     def ids(self) -> int:
         """How many ids there are."""
         return len(self.commits) + self.chunks
+
+    def below(self, thing: int) -> tuple[int, ...]:
+        """What a tree refers to."""
+        return dict(self.trees).get(thing, ())
+
+    def reach(self, commit: int, dropped: int) -> tuple[int, ...]:
+        """What a commit refers to besides its parents and must find there with all that is below."""
+        found = self.commits[commit]
+        if dropped >> commit & 1:
+            return found.left
+        inner = {thing for _, below in self.trees for thing in below}
+        return tuple([thing for thing in found.chunks if thing not in inner])
+
+    def alone(self, commit: int, dropped: int) -> tuple[int, ...]:
+        """Trees that a commit needs by themselves."""
+        return self.commits[commit].alone if dropped >> commit & 1 else ()
 
     def lost(self, commit: int) -> int:
         """The place in `State.refs` of the lost/ entry for `commit`; branches and the tag come before."""
@@ -231,6 +261,8 @@ class Collector(NamedTuple):
     fresh: int = 0
     """The commits that the ref log has named since that position."""
     marks: int = 0
+    alone: int = 0
+    """Trees that are marked by themselves."""
     work: tuple[int, ...] = ()
     """Packs in hand: suspects, then those to unlink; in compaction the old pack and the new one."""
 
@@ -243,6 +275,7 @@ class Budget(NamedTuple):
     writer_crashes: int = 0
     collector_crashes: int = 0
     damages: int = 0
+    drops: int = 0
 
 
 Rows = tuple[Row | None, ...]
@@ -259,6 +292,8 @@ class State(NamedTuple):
     writers: tuple[Writer, ...]
     collector: Collector
     budget: Budget
+    dropped: int = 0
+    """Commits with a drop record."""
 
 
 Step = tuple[str, State]
@@ -280,7 +315,12 @@ def initial(world: World) -> State:
         writers=tuple([Writer(task) for task in world.writers]),
         collector=Collector(world.runs),
         budget=Budget(
-            world.deletions, world.tags, world.writer_crashes, world.collector_crashes, world.damages
+            world.deletions,
+            world.tags,
+            world.writer_crashes,
+            world.collector_crashes,
+            world.damages,
+            world.drops,
         ),
     )
 
@@ -312,6 +352,7 @@ def canonical(state: State) -> State:
         tuple([w._replace(packs=tuple([names[p] for p in w.packs])) if w.packs else w for w in writers]),
         state.collector._replace(work=tuple(sorted([names[pack] for pack in work]))),
         state.budget,
+        state.dropped,
     )
 
 
@@ -406,6 +447,8 @@ def _lookup(world: World, state: State, index: int) -> Step:
     end = writer.looked_up + 1 if world.split_lookups else len(content)
     todo, deltas = writer.todo, writer.deltas
     for thing in content[writer.looked_up : end]:
+        if _vouched(world, state.rows, thing):
+            continue
         row = state.rows[thing]
         if writer.cache >> thing & 1 or (row is not None and not row.bad):
             continue
@@ -422,6 +465,13 @@ def _lookup(world: World, state: State, index: int) -> Step:
         deltas=deltas,
     )
     return "looks up", _moved_on(state, index, after)
+
+
+def _vouched(world: World, rows: Sequence[Row | None], thing: int) -> bool:
+    """Whether a tree that is stored is taken to vouch for a thing (by the rules none does)."""
+    if world.rules.look_below_trees:
+        return False
+    return any(rows[tree] is not None for tree, below in world.trees if thing in below)
 
 
 def _write_pack(world: World, state: State, index: int) -> Step:
@@ -475,6 +525,8 @@ def _publish(world: World, state: State, index: int) -> Step:
     for thing in content:
         if not written >> thing & 1 and not (writer.stale and world.rules.revalidate):
             continue
+        if not written >> thing & 1 and _vouched(world, rows, thing):
+            continue
         row = rows[thing]
         if row and not row.bad and _chain_depth(world, rows, thing, row.base) != NONE:
             continue
@@ -507,6 +559,7 @@ def _publish(world: World, state: State, index: int) -> Step:
         _with(state.writers, index, after),
         _logged(state.collector, task.commit),
         state.budget,
+        state.dropped,
     )
 
 
@@ -544,14 +597,17 @@ def _advanced(state: State, **changes: Any) -> State:
     if not program:
         return state._replace(collector=Collector(state.collector.runs))
     if "commits" not in program and "chunks" not in program:
-        changes |= {"moved": False, "fresh": 0, "marks": 0}
+        changes |= {"moved": False, "fresh": 0, "marks": 0, "alone": 0}
     if program[0] == "copy":
         changes["work"] = ()
     return state._replace(collector=state.collector._replace(program=program, **changes))
 
 
-def _marked(world: World, rows: Rows, roots: int, marks: int) -> int:
-    """`marks` and what `roots` reach, descending only where no mark is yet; NONE if a row is absent."""
+def _marked(
+    world: World, rows: Rows, dropped: int, roots: int, marks: int = 0, alone: int = 0
+) -> tuple[int, int]:
+    """`marks` and what `roots` reach, descending only where no mark is yet, and the trees that are needed
+    alone; NONE for both if a row is absent."""
     stack = [thing for thing in range(world.ids) if roots >> thing & 1]
     while stack:
         thing = stack.pop()
@@ -559,19 +615,31 @@ def _marked(world: World, rows: Rows, roots: int, marks: int) -> int:
             continue
         row = rows[thing]
         if row is None:
-            return NONE
+            return NONE, NONE
         marks |= 1 << thing
         if thing < len(world.commits):
-            stack += (*world.commits[thing].parents, *world.commits[thing].chunks)
-        elif row.base != NONE and world.rules.mark_bases:
-            stack.append(row.base)
-    return marks
+            by_themselves = world.alone(thing, dropped)
+            if any(rows[tree] is None for tree in by_themselves):
+                return NONE, NONE
+            if world.rules.alone_apart:
+                alone |= _mask(by_themselves)
+            else:
+                marks |= _mask(by_themselves)
+            stack += (*world.commits[thing].parents, *world.reach(thing, dropped))
+        else:
+            stack += world.below(thing)
+            if row.base != NONE and world.rules.mark_bases:
+                stack.append(row.base)
+    return marks, alone
 
 
 def _mark(world: World, state: State) -> Iterator[Step]:
     """Mark what the roots reach."""
-    marks = _marked(world, state.rows, state.collector.roots, 0)
-    yield _stopped(state) if marks == NONE else ("marks", _advanced(state, roots=0, marks=marks))
+    marks, alone = _marked(world, state.rows, state.dropped, state.collector.roots)
+    done = (
+        _stopped(state) if marks == NONE else ("marks", _advanced(state, roots=0, marks=marks, alone=alone))
+    )
+    yield done
 
 
 def _stopped(state: State) -> Step:
@@ -581,7 +649,8 @@ def _stopped(state: State) -> Step:
 
 def _unmarked(state: State, things: range) -> list[int]:
     """Those of `things` whose rows are to be deleted."""
-    return [t for t in things if state.rows[t] is not None and not state.collector.marks >> t & 1]
+    marked = state.collector.marks | state.collector.alone
+    return [t for t in things if state.rows[t] is not None and not marked >> t & 1]
 
 
 def _delete_commits(world: World, state: State) -> Iterator[Step]:
@@ -607,10 +676,10 @@ def _delete_batch(world: World, state: State, batch: list[int], last: bool) -> S
         return f"has no {collector.program[0]} to delete", _advanced(state)
     if collector.moved and world.rules.compare_log:
         roots = collector.fresh if world.rules.roots_from_log else _mask(state.refs)
-        marks = _marked(world, state.rows, roots, collector.marks)
+        marks, alone = _marked(world, state.rows, state.dropped, roots, collector.marks, collector.alone)
         if marks == NONE:
             return _stopped(state)
-        again = collector._replace(moved=False, fresh=0, marks=marks)
+        again = collector._replace(moved=False, fresh=0, marks=marks, alone=alone)
         return "loses the comparison and marks the new roots", state._replace(collector=again)
     after = state._replace(
         rows=tuple([None if thing in batch else row for thing, row in enumerate(state.rows)]),
@@ -630,7 +699,7 @@ def _check_leases(world: World, state: State) -> Iterator[Step]:
 
 def _check_table(world: World, state: State) -> Iterator[Step]:
     """List what to unlink: published packs that no row names, and orphans: neither published nor leased."""
-    staying = ~0 if world.rules.rows_before_files else state.collector.marks
+    staying = ~0 if world.rules.rows_before_files else state.collector.marks | state.collector.alone
     named = {row.pack for thing, row in enumerate(state.rows) if row and staying >> thing & 1}
     orphans = state.collector.work if world.rules.lease_before_table else range(len(state.packs))
     dead = []
@@ -733,6 +802,16 @@ def _passing_steps(world: World, state: State) -> Iterator[Step]:
                         refs=_with(refs, tag, commit), collector=_logged(collector, commit), budget=spent
                     ),
                 )
+    if budget.drops:
+        spent = budget._replace(drops=budget.drops - 1)
+        for commit in range(len(world.commits)):
+            if state.rows[commit] and not state.dropped >> commit & 1:
+                yield (
+                    f"retention: drops {world.thing_name(commit)}",
+                    state._replace(
+                        dropped=state.dropped | 1 << commit, collector=_logged(collector, NONE), budget=spent
+                    ),
+                )
     if budget.damages:
         spent = budget._replace(damages=budget.damages - 1)
         for thing in range(len(world.commits), world.ids):
@@ -755,8 +834,8 @@ def successors(world: World, state: State) -> Iterator[Step]:
 # ---- what must hold ----------------------------------------------------------------------------------------
 
 
-def flaw(world: World, rows: Rows, packs: Packs, commit: int) -> str:
-    """What `commit` reaches and cannot have, in words; empty if there is nothing."""
+def flaw(world: World, rows: Rows, packs: Packs, commit: int, dropped: int = 0) -> str:
+    """What `commit` must reach and cannot have, in words; empty if there is nothing."""
     stack = [(commit, 0)]
     while stack:
         thing, depth = stack.pop()
@@ -768,9 +847,15 @@ def flaw(world: World, rows: Rows, packs: Packs, commit: int) -> str:
         if depth > world.ids:
             return f"{world.thing_name(thing)} is its own base"
         if thing < len(world.commits):
-            stack += [(below, 0) for below in (*world.commits[thing].parents, *world.commits[thing].chunks)]
-        elif row.base != NONE:
-            stack.append((row.base, depth + 1))
+            for tree in world.alone(thing, dropped):
+                if rows[tree] is None:
+                    return f"{world.thing_name(tree)} has no row"
+            needed = (*world.commits[thing].parents, *world.reach(thing, dropped))
+            stack += [(below, 0) for below in needed]
+        else:
+            stack += [(below, 0) for below in world.below(thing)]
+            if row.base != NONE:
+                stack.append((row.base, depth + 1))
     return ""
 
 
@@ -783,7 +868,8 @@ def leaks(world: World, state: State) -> bool:
     files = {name for name, pack in enumerate(state.packs) if pack}
     unused = files - {row.pack for row in state.rows if row}
     gaps = any(pack.gap for pack in state.packs if pack)
-    return rows != _marked(world, state.rows, _mask(state.refs), 0) or bool(unused) or gaps
+    marks, alone = _marked(world, state.rows, state.dropped, _mask(state.refs))
+    return rows != marks | alone or bool(unused) or gaps
 
 
 @dataclass
@@ -820,13 +906,17 @@ def explore(
     """Visit every reachable state, breadth first. What follows a loss is not explored."""
     start = reduce(initial(world))
     report = Report(world, reduce, {start: None})
-    flawed: dict[tuple[Rows, Packs], int] = {}
+    flawed: dict[tuple[Rows, Packs, int], int] = {}
     queue = deque([start])
     while queue:
         state = queue.popleft()
-        key = (state.rows, state.packs)
+        key = (state.rows, state.packs, state.dropped)
         if key not in flawed:
-            flawed[key] = _mask(commit for commit in range(len(world.commits)) if flaw(world, *key, commit))
+            flawed[key] = _mask(
+                commit
+                for commit in range(len(world.commits))
+                if flaw(world, state.rows, state.packs, commit, state.dropped)
+            )
         if flawed[key] & _mask(state.refs):
             report.losses.append(state)
             if first_loss_only:

@@ -109,6 +109,27 @@ DAMAGE = World(
 )
 """A chunk, or the base it stands on, is found damaged and is stored again."""
 
+DROPS = World(
+    commits=(Commit((3, 4, 2), left=(3,), alone=(2,)), Commit((3, 4, 2), left=(3,), alone=(2,))),
+    chunks=3,
+    tasks=(Task(1, branch=1),),
+    writers=(0,),
+    branches=2,
+    deletions=1,
+    drops=2,
+    trees=((2, (3, 4)),),
+    split_lookups=True,
+    single_row_batches=True,
+    seed_packs=(((3, NONE), (4, NONE), (2, NONE), (0, NONE)),),
+    seed_refs=(0,),
+)
+"""A commit loses one of two chunks below its tree, while others commit the same tree, and lose it too."""
+
+DROPPED = replace(
+    DROPS, commits=(Commit((3, 4, 2)), Commit((3, 4, 2), parents=(0,))), tags=0, drops=1, compaction=True
+)
+"""A commit loses its whole payload while others commit the same on top of it, and packs are compacted."""
+
 CONFIGURATIONS = {
     "publish": (PUBLISH, 23_280),
     "reuse": (REUSE, 15_760),
@@ -121,6 +142,8 @@ CONFIGURATIONS = {
     "crashes": (CRASHES, 22_536),
     "crashed bases": (CRASHED_BASES, 12_357),
     "damage": (DAMAGE, 15_125),
+    "drops": (DROPS, 14_664),
+    "dropped": (DROPPED, 15_115),
 }
 """Each configuration and the number of its states."""
 
@@ -133,6 +156,7 @@ LARGER = {
     "crashes": (replace(CRASHES, tags=1), 60_342),
     "crashed bases": (replace(CRASHED_BASES, writers=(0, 1)), 20_190),
     "damage": (replace(DAMAGE, runs=2, deletions=2), 176_657),
+    "dropped": (replace(DROPPED, writers=(0, 0), runs=1, split_lookups=False), 116_088),
 }
 """The same with more writers, runs, deletions, tags or crashes."""
 
@@ -153,6 +177,8 @@ BROKEN = {
     "check_every_parent": (PARENTS, 7),
     "check_tagged_row": (REUSE, 5),
     "plain_repair": (DAMAGE, 10),
+    "alone_apart": (DROPS, 11),
+    "look_below_trees": (DROPS, 11),
 }
 """For each rule whose breach loses data: where that shows, and in how many steps at the least."""
 
@@ -161,7 +187,7 @@ def story(report: Report, target: State) -> str:
     """How a state comes about, a line per step, and what is wrong in it."""
     lines = [f"{number:3}  {step}" for number, step in enumerate(report.trace(target), start=1)]
     for ref, commit in enumerate(target.refs):
-        if commit != NONE and (lost := flaw(report.world, target.rows, target.packs, commit)):
+        if commit != NONE and (lost := flaw(report.world, target.rows, target.packs, commit, target.dropped)):
             world = report.world
             lines.append(f"     {world.ref_name(ref)} names {world.thing_name(commit)}, and {lost}")
     return "\n".join(["", *lines])
