@@ -11,7 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptvcs.disk import StrPath, ThreadLock
-from ckptvcs.errors import CkptError, ConflictError, ExistsError, InvalidError, LineageError, NotFoundError
+from ckptvcs.errors import (
+    CkptError,
+    ConflictError,
+    CorruptionError,
+    ExistsError,
+    InvalidError,
+    LineageError,
+    NotFoundError,
+)
 from ckptvcs.history import commit as commits
 from ckptvcs.history import environment, refs
 from ckptvcs.history.commit import Commit, CommitReport, Component
@@ -488,8 +496,15 @@ class Committer:
             return Bases(lambda: held)
 
         def load() -> dict[str, Held]:
-            with self._opened.store.reader() as reader:
-                return state_trees.held(reader, self._opened.history.commit(parents[0]).tree)
+            try:
+                with self._opened.store.reader() as reader:
+                    return state_trees.held(reader, self._opened.history.commit(parents[0]).tree)
+            except (CorruptionError, NotFoundError):
+                with self._opened.store.snapshot() as snapshot:
+                    dropped = snapshot.drops(parents[0]) is not None
+                if not dropped:
+                    raise
+                return {}  # retention took it, since this handle restored it perhaps
 
         return Bases(load)
 

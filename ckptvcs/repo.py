@@ -30,6 +30,7 @@ from ckptvcs.errors import (
 )
 from ckptvcs.history import refs
 from ckptvcs.history.commit import Commit
+from ckptvcs.history.drops import Drops
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.opened import Opened
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from ckptvcs.state import files as file_trees
     from ckptvcs.state import tree as state_trees
     from ckptvcs.state.lazy import LazyTensor
+    from ckptvcs.state.paths import Selection
 
 _log = logging.getLogger("ckptvcs")
 _RETRIES: Final = 10
@@ -122,6 +124,7 @@ class Repo:
             self._committer.head,
             lambda metric: opened.config.metric_mode(metric),
         )
+        self._drops = Drops(opened.store, opened.history)
         if not owner:  # an owner in its own list would be freed by the garbage collector only
             opened.committers.append(self._committer)
 
@@ -570,7 +573,7 @@ class Repo:
         from ckptvcs.state import tree as state_trees
 
         commit = self.resolve(rev)
-        with self._reading(commit) as reader:
+        with self._reading(commit, only) as reader:
             if not state_trees.parts(reader, commit.tree).state:
                 return file_trees.contents(reader, commit.tree, only)
             return state_trees.read(reader, commit.tree, only=only, framework=framework, device=device)
@@ -588,9 +591,11 @@ class Repo:
         NotFoundError if there is nothing of that path; InvalidError if it is no dense tensor.
         """
         from ckptvcs.state.lazy import opened_tensor
+        from ckptvcs.state.paths import exactly, split
 
         commit = self.resolve(rev)
-        return opened_tensor(lambda: self._reading(commit), commit.tree, path, framework)
+        place = exactly(split(path))
+        return opened_tensor(lambda: self._reading(commit, place), commit.tree, path, framework)
 
     def restore(
         self,
@@ -616,6 +621,7 @@ class Repo:
             rename: stored path to path in `into`, or the beginning of names to another, such as
                 {"model/encoder.": "model/backbone."}.
 
+        DroppedError if retention took something of what is asked for; nothing was changed then.
         CorruptionError if a stored chunk is damaged; what was read before is in `into` then.
         """
         from ckptvcs.state import overrides as overriding
@@ -634,7 +640,7 @@ class Repo:
             )
         wanted = self._overrides_at(commit)
         overriding.check(into, wanted)
-        with self._reading(commit) as reader:
+        with self._reading(commit, only) as reader:
             filled = restoring.fill(reader, commit.tree, into, only=only, strict=strict, rename=rename)
         applied = overriding.apply(into, wanted)
         for line in applied.said:
@@ -650,23 +656,22 @@ class Repo:
     def _state_before(self, commit: Commit) -> str:
         """Where to find a state when a commit has none."""
         for older in self._opened.history.first_parents(commit.id):
-            if self.has_state(older):
+            if self.dropped(older) != () and self.has_state(older):
                 return f"the nearest before it with a state is {older.id.short}: restore(state, rev=...)"
         return "no commit before it holds one either; check out its files instead"
 
     @contextlib.contextmanager
-    def _reading(self, commit: Commit) -> Iterator[Reader]:
-        """A reader on a commit's content, which tells a commit that was collected meanwhile from damage."""
+    def _reading(
+        self, commit: Commit, only: str | Sequence[str] | Selection | None = None
+    ) -> Iterator[Reader]:
+        """A reader on what `only` selects of a commit's content. It tells what retention took, and what a
+        collector took meanwhile, from damage."""
+        self._drops.check(commit, only)
         try:
             with self._store.reader() as reader:
                 yield reader
-        except CorruptionError as error:
-            with self._store.snapshot() as snapshot:
-                gone = snapshot.row(commit.id) is None
-            if gone:
-                raise NotFoundError(
-                    f"the commit {commit.id.short} was deleted while it was being read"
-                ) from error
+        except (CorruptionError, NotFoundError) as error:
+            self._drops.explain(commit, only, error)
             raise
 
     def log(
@@ -693,22 +698,31 @@ class Repo:
         self._open()
         return self._revisions.metrics(commit)
 
+    def dropped(self, rev: str | ObjectId | Commit = "HEAD") -> tuple[str, ...] | None:
+        """The components that retention took from a commit: () if all of its content, None if none was."""
+        return self._drops.of(self.resolve(rev).id)
+
     def has_state(self, rev: str | ObjectId | Commit = "HEAD") -> bool:
-        """Whether a commit holds a Python state; otherwise it holds files only."""
+        """Whether a commit holds a Python state; otherwise it holds files only. DroppedError if retention
+        took all of its content."""
         from ckptvcs.state import tree as state_trees
 
-        with self._store.reader() as reader:
-            return state_trees.parts(reader, self.resolve(rev).tree).state
+        commit = self.resolve(rev)
+        with self._reading(commit, ()) as reader:
+            return state_trees.parts(reader, commit.tree).state
 
     def entries(
         self, rev: str | ObjectId | Commit = "HEAD", only: str | Sequence[str] | None = None
     ) -> Iterator[state_trees.Entry]:
-        """The leaves of a commit's state: paths, kinds, dtypes, shapes, bytes. Reads no tensor."""
+        """The leaves of a commit's state: paths, kinds, dtypes, shapes, bytes. Reads no tensor.
+
+        Without `only`, of what is there: components that retention took are left out (`dropped`).
+        """
         from ckptvcs.state import tree as state_trees
 
         commit = self.resolve(rev)
-        with self._store.reader() as reader:
-            yield from state_trees.entries(reader, commit.tree, only)
+        with self._reading(commit, () if only is None else only) as reader:
+            yield from state_trees.entries(reader, commit.tree, only, self.dropped(commit) or ())
 
     # -- files -----------------------------------------------------------------------------------
 
@@ -718,15 +732,17 @@ class Repo:
         """The files of a commit, attached ones included, without their content."""
         from ckptvcs.state import files as file_trees
 
-        with self._store.reader() as reader:
-            return list(file_trees.entries(reader, self.resolve(rev).tree, only))
+        commit = self.resolve(rev)
+        with self._reading(commit, only) as reader:
+            return list(file_trees.entries(reader, commit.tree, only))
 
     def file_status(self, rev: str | ObjectId | Commit = "HEAD") -> file_trees.FileStatus:
         """How the files in the repository's folder compare with a commit's."""
         from ckptvcs.state import files as file_trees
 
-        with self._store.reader() as reader:
-            return file_trees.status(reader, self.resolve(rev).tree, self.path)
+        commit = self.resolve(rev)
+        with self._reading(commit) as reader:
+            return file_trees.status(reader, commit.tree, self.path)
 
     def checkout_files(
         self,
@@ -745,13 +761,14 @@ class Repo:
         from ckptvcs.state import files as file_trees
 
         _, head = self.head()
-        with self._store.reader() as reader:
+        commit = self.resolve(rev)
+        with self._reading(commit, only) as reader:
             base = {}
-            if to is None and head is not None:
+            if to is None and head is not None and self.dropped(head) is None:
                 base = {e.path: e for e in file_trees.entries(reader, self.resolve(head).tree)}
             return file_trees.write_out(
                 reader,
-                self.resolve(rev).tree,
+                commit.tree,
                 self.path if to is None else Path(to),
                 only=only,
                 force=force,
@@ -803,8 +820,10 @@ class Repo:
                 f"the commit {commit.id.short} holds files and no state",
                 hint=f"`ckpt checkout {commit.id.short} --to DIR` writes them as they were",
             )
-        make_folders(self._store.disk, Path(to))
-        with self._reading(commit) as reader:
+        part = "model" if only is None and format == "hf" and "model" in commit.sizes else only
+        with self._reading(commit, part):
+            make_folders(self._store.disk, Path(to))
+        with self._reading(commit, part) as reader:
             return exporting.export(
                 reader,
                 commit.tree,

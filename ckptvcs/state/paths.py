@@ -171,6 +171,25 @@ class Selection:
 EVERYTHING: Final = Selection((), whole=True)
 
 
+class _AllBut(Selection):
+    """Everything below the top but what lies under some names."""
+
+    __slots__ = ("_names",)
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(())
+        self._names = frozenset(names)
+
+    def step_named(self, component: str, key: object = None) -> Selection | None:
+        return None if component in self._names else EVERYTHING
+
+
+def all_but(names: Iterable[str]) -> Selection:
+    """The selection of all that lies in none of these components; of everything without names."""
+    left_out = frozenset(names)
+    return _AllBut(left_out) if left_out else EVERYTHING
+
+
 def exactly(components: Sequence[str]) -> Selection:
     """The selection of one path, whose components stand for themselves and not for patterns."""
     pattern = _Pattern("")

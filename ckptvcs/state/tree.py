@@ -250,14 +250,23 @@ def parts(reader: ObjectReader, tree: ObjectId) -> Parts:
 
 
 @refuse_deep
-def load(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None) -> Stored:
-    """The stored nodes of a state, without any content. NotFoundError if there is none, or no match."""
+def load(
+    reader: ObjectReader,
+    tree: ObjectId,
+    only: str | Sequence[str] | None = None,
+    without: Sequence[str] = (),
+) -> Stored:
+    """The stored nodes of a state, without any content. NotFoundError if there is none, or no match.
+
+    Components in `without` are not looked at, so that they need not be stored. Only where nothing is
+    selected by `only`.
+    """
     loader = Loader(reader)
     opened, found = loader.root(tree)
     if "state" not in found:
         raise NotFoundError("this commit holds files and no state", hint="check out its files instead")
     patterns = paths.Patterns(only)
-    selection = patterns.start()
+    selection = paths.all_but(without) if only is None else patterns.start()
     stored = loader.node(found["state"], opened, selection)
     # Only a miss pays for reading the names of everything.
     if not patterns.complete:
@@ -363,11 +372,17 @@ class Entry:
     parameter: str = ""
 
 
-def entries(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None) -> Iterator[Entry]:
-    """The leaves of a state in order, without reading chunks; nothing if the tree has no state."""
+def entries(
+    reader: ObjectReader,
+    tree: ObjectId,
+    only: str | Sequence[str] | None = None,
+    without: Sequence[str] = (),
+) -> Iterator[Entry]:
+    """The leaves of a state in order, without reading chunks; nothing if the tree has no state. Components
+    in `without` are not looked at."""
     if parts(reader, tree).state:
-        stored = load(reader, tree, only)
-        names = parameter_names(stored if only is None else load(reader, tree))
+        stored = load(reader, tree, only, without)
+        names = parameter_names(stored if only is None else load(reader, tree, without=without))
         for entry in _entries("", stored):
             name = _above(entry.path, names)
             yield dataclasses.replace(entry, parameter=name) if name else entry

@@ -73,6 +73,7 @@ PUBLIC = [
     "Commit",
     "ConflictError",
     "CorruptionError",
+    "DroppedError",
     "ExistsError",
     "FormatError",
     "InvalidError",
