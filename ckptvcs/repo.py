@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from ckptvcs import importing
     from ckptvcs.background import PendingCommit
     from ckptvcs.history.deleted import Deleted
-    from ckptvcs.maintenance import fsck, gc
+    from ckptvcs.maintenance import fsck, gc, usage
     from ckptvcs.maintenance import ingest as ingesting
     from ckptvcs.maintenance.reach import Reach
     from ckptvcs.runs import Run
@@ -1162,6 +1162,39 @@ class Repo:
 
         with self._store.operation():
             return ingest.ingest(self._store, retry=retry)
+
+    def du(
+        self,
+        by: str | Sequence[str] = ("branch", "component"),
+        rev: str | ObjectId | Commit = "HEAD",
+        n: int = 20,
+        *,
+        say: Callable[[str], None] | None = None,
+    ) -> usage.Usage:
+        """Who holds the bytes (docs/concepts: bytes).
+
+        Args:
+            by: one or several of 'branch', 'component', 'commit' and 'tensor'.
+            rev: where the view by commit begins; whose tensors the view by tensor shows.
+            n: how many commits, along first parents.
+            say: told now and then how far it is.
+        """
+        from ckptvcs.maintenance import usage
+
+        views = (by,) if isinstance(by, str) else tuple(by)
+        for view in views:
+            if view not in usage.VIEWS:
+                raise InvalidError(f"du cannot show {view!r:.40}", hint=f"choose {', '.join(usage.VIEWS)}")
+        one = self.resolve(rev) if {"commit", "tensor"} & set(views) else None
+        line = self.log(one, n, first_parent=True) if one is not None and "commit" in views else ()
+        return usage.usage(
+            self._store,
+            grace=settings.seconds_of(self.config.get("gc.grace")),
+            by=views,
+            commits=[commit.id for commit in line],
+            tensors_of=None if one is None else one.id,
+            say=say or (lambda _: None),
+        )
 
     def fsck(self, *, full: bool = False, rebuild: bool = False) -> fsck.Report:
         """Check the repository: refs, rows, packs and the ids of all objects; `full` hashes every byte.

@@ -35,6 +35,7 @@ from ckptvcs.state.read import (
     StoredTensor,
     StoredTorch,
 )
+from ckptvcs.state.read import Content as StoredContent
 from ckptvcs.store.format import GRIDS, Grid
 from ckptvcs.store.hints import Hint
 
@@ -46,6 +47,7 @@ __all__ = [
     "LinkContent",
     "Parts",
     "Prepared",
+    "Reached",
     "StoredFile",
     "StoredLink",
     "Written",
@@ -55,6 +57,7 @@ __all__ = [
     "load",
     "parts",
     "prepare",
+    "reached",
     "read",
     "refuse_deep",
     "sizes",
@@ -222,6 +225,40 @@ def held(reader: ObjectReader, tree: ObjectId) -> dict[str, Held]:
         for place, content in inner
         if content.chunks
     }
+
+
+class Reached(NamedTuple):
+    """What a tree holds outside of some components.
+
+    Attributes:
+        state: the stored nodes of the state; None if there is none.
+        contents: what lies outside of tree objects, by path, that of files behind `FILES`.
+    """
+
+    state: Stored | None
+    contents: list[tuple[str, StoredContent]]
+
+
+@refuse_deep
+def reached(reader: ObjectReader, tree: ObjectId, without: Sequence[str] = ()) -> Reached:
+    """Look at a tree, but not at what lies in the components `without`, which need not be stored. Reads no
+    chunk and no chunk list."""
+    loader = Loader(reader)
+    opened, found = loader.root(tree)
+    state: Stored | None = None
+    places: list[tuple[Place, Stored]] = []
+    for part, start in (("state", ""), ("files", FILES)):
+        if part in found:
+            selection = paths.all_but(without, files=part == "files")
+            node = loader.node(found[part], opened, selection)
+            _list_contents(start, node, places)
+            state = node if part == "state" else state
+    outside = [
+        (place.path, node.content)
+        for place, node in places
+        if isinstance(node, (StoredTensor, StoredBlob, StoredFile)) and node.content.inline is None
+    ]
+    return Reached(state, outside)
 
 
 def _list_contents(path: str, node: Stored, found: list[tuple[Place, Stored]]) -> None:
