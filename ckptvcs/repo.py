@@ -43,14 +43,14 @@ from ckptvcs.opening import (
     open_store,
     refuse_network,
 )
-from ckptvcs.store import Claim, Fork, LogEntry, Move, Operation, Reader, Status, Store
+from ckptvcs.store import Claim, Fork, LogEntry, Move, Operation, Pin, Reader, Status, Store
 from ckptvcs.store.format import FOLDER
 
 if TYPE_CHECKING:
     from ckptvcs import importing
     from ckptvcs.background import PendingCommit
     from ckptvcs.history.deleted import Deleted
-    from ckptvcs.maintenance import fsck, gc, usage
+    from ckptvcs.maintenance import fsck, gc, retaining, usage
     from ckptvcs.maintenance import ingest as ingesting
     from ckptvcs.maintenance.reach import Reach
     from ckptvcs.runs import Run
@@ -702,6 +702,13 @@ class Repo:
         """The components that retention took from a commit: () if all of its content, None if none was."""
         return self._drops.of(self.resolve(rev).id)
 
+    def nearest_with(
+        self, rev: str | ObjectId | Commit = "HEAD", components: Sequence[str] = ()
+    ) -> Commit | None:
+        """The commit nearest to this one along its line, newer or older, that has these components (all of
+        its content, without any); None if there is none."""
+        return self._drops.nearest(self.resolve(rev), components)
+
     def has_state(self, rev: str | ObjectId | Commit = "HEAD") -> bool:
         """Whether a commit holds a Python state; otherwise it holds files only. DroppedError if retention
         took all of its content."""
@@ -729,12 +736,13 @@ class Repo:
     def file_entries(
         self, rev: str | ObjectId | Commit = "HEAD", only: str | Sequence[str] | None = None
     ) -> list[file_trees.FileEntry]:
-        """The files of a commit, attached ones included, without their content."""
+        """The files of a commit, attached ones included, without their content. Without `only`, those that
+        retention took are left out (`dropped`)."""
         from ckptvcs.state import files as file_trees
 
         commit = self.resolve(rev)
-        with self._reading(commit, only) as reader:
-            return list(file_trees.entries(reader, commit.tree, only))
+        with self._reading(commit, () if only is None else only) as reader:
+            return list(file_trees.entries(reader, commit.tree, only, self.dropped(commit) or ()))
 
     def file_status(self, rev: str | ObjectId | Commit = "HEAD") -> file_trees.FileStatus:
         """How the files in the repository's folder compare with a commit's."""
@@ -1011,6 +1019,33 @@ class Repo:
             raise ExistsError(f"{refs.shown(ref)} exists already", hint="choose another name")
         return target
 
+    def pin(self, rev: str | ObjectId | Commit = "HEAD") -> ObjectId:
+        """Keep a commit's content whatever a retention policy says, and the commit itself whatever refs are
+        deleted, until `unpin`. Returns its id; pinning twice is fine. Durable on return.
+
+        DroppedError if retention took something of it already.
+        """
+        commit = self.resolve(rev)
+        self._drops.check(commit)
+        if commit.id not in self.pins():
+            self.record([Pin(commit.id, True)], f"pin: {commit.id.short}")
+        return commit.id
+
+    def unpin(self, rev: str | ObjectId | Commit = "HEAD") -> ObjectId:
+        """Take a pin away; returns the commit's id. NotFoundError if the commit is not pinned."""
+        id = self._revisions.resolve(rev)
+        if id not in self.pins():
+            raise NotFoundError(
+                f"the commit {id.short} is not pinned", hint="`ckpt pin --list` lists the pins"
+            )
+        self.record([Pin(id, False)], f"unpin: {id.short}")
+        return id
+
+    def pins(self) -> set[ObjectId]:
+        """The pinned commits."""
+        with self._store.snapshot() as snapshot:
+            return snapshot.pins()
+
     def branches(self) -> dict[str, ObjectId]:
         """All branches and their tips, in name order."""
         return self._targets(refs.HEADS)
@@ -1162,6 +1197,59 @@ class Repo:
 
         with self._store.operation():
             return ingest.ingest(self._store, retry=retry)
+
+    def retain(
+        self,
+        branches: str | Sequence[str] | None = None,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
+        metric: str | None = None,
+        mode: str | None = None,
+        keep_within: float | datetime.timedelta | str | None = None,
+        thin: int | None = None,
+        drop: str | Sequence[str] = (),
+        dry_run: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> retaining.Report:
+        """Drop the content of commits that no rule keeps, and free it (docs/concepts: retention).
+
+        Commits themselves stay, with message, metrics and lineage. Tips, tags, lost commits, pins, fork
+        points, the best of each line, and what a living claimant restored keep their content in any case.
+
+        Args:
+            branches: names or patterns; None for all.
+            keep_last: so many newest commits of each branch.
+            keep_every: of every so many steps the first commit.
+            keep_best: so many best commits by `metric`; `mode` is 'min' or 'max', else what the repository
+                knows.
+            keep_within: what was made within this span before the branch's tip.
+            thin: dense near the tip, ever sparser behind: so many newest commits, then every second of twice
+                as many, and so on.
+            drop: patterns of components to drop instead of all content, as in 'optimizer/**'.
+            dry_run: only tell. What it announces is what a run frees.
+            say: told now and then how far it is.
+
+        Without any rule the policies of the config apply. InvalidError if there is none for these branches.
+        Durable on return; nothing of it can be undone.
+        """
+        from ckptvcs.maintenance import retaining, retention
+
+        rules: dict[str, Any] = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
+        rules |= {"metric": metric, "mode": mode, "keep_within": keep_within, "thin": thin}
+        rules["drop"] = drop or None
+        given = {name: value for name, value in rules.items() if value is not None}
+        policy = retention.Policy.of(given) if given else None
+        self._store.format.check("write")
+        with self._store.operation():
+            return retaining.Retention(self._store, self._revisions.mode).run(
+                retaining.chooser(branches, policy, self.config),
+                grace=settings.seconds_of(self.config.get("gc.grace")),
+                who=self.author,
+                dry_run=dry_run,
+                say=say or (lambda _: None),
+            )
 
     def du(
         self,

@@ -61,7 +61,18 @@ def commit_shape(repo: Repo, commit: Commit, refs: Decorations) -> dict[str, Any
         "environment": commit.environment,
         "sizes": commit.sizes,
         "refs": list(refs.get(commit.id, [])),
+        "dropped": None if (dropped := repo.dropped(commit)) is None else list(dropped),
+        "pinned": commit.id in repo.pins(),
     }
+
+
+def kept_words(repo: Repo, commit: Commit) -> list[str]:
+    """Whether a commit is pinned, and what retention took from it, as marks in a log."""
+    words = ["[pinned]"] if commit.id in repo.pins() else []
+    dropped = repo.dropped(commit)
+    if dropped is not None:
+        words.append(f"[dropped: {', '.join(map(output.clean, dropped))}]" if dropped else "[dropped]")
+    return words
 
 
 def report_shape(report: CommitReport) -> dict[str, Any]:

@@ -161,14 +161,3 @@ class Points:
     def metrics(self, id: ObjectId, snapshot: Snapshot) -> dict[str, Any]:
         """A commit's metrics with those that notes added or replaced later."""
         return {**self.of[id].metrics, **snapshot.notes(id)}
-
-
-def homes(store: Store) -> dict[ObjectId, str]:
-    """The branch on which each commit was made, as far as the log tells: the first that it came to."""
-    found: dict[ObjectId, str] = {}
-    with store.snapshot() as snapshot:
-        for entry in snapshot.log():
-            for op in entry.operations:
-                if isinstance(op, Move) and isinstance(op.new, ObjectId) and op.name.startswith(refs.HEADS):
-                    found.setdefault(op.new, op.name.removeprefix(refs.HEADS))
-    return found

@@ -354,3 +354,49 @@ def _part(path: str, optimizer: str) -> str:
     """What an optimizer keeps for each parameter, such as exp_avg."""
     below = paths.split(path.removeprefix(f"{optimizer}/state/"))
     return "/".join(below[1:])
+
+
+# -- what retention frees --------------------------------------------------------------------------
+
+
+def losses(
+    store: Store,
+    points: Points,
+    top: Roots,
+    dropping: Mapping[ObjectId, tuple[str, ...]],
+    oldest_first: Sequence[ObjectId],
+    say: Callable[[str], None],
+) -> tuple[dict[ObjectId, int], int]:
+    """(bytes of records that go with each commit, bytes that nothing needs even now).
+
+    A record that several of the commits lose counts for the first of `oldest_first`. Bases do not count as
+    needed: what is stored as a difference to something that goes will be stored in another way.
+    """
+    rows = Rows(store)
+    content = Content(store, rows, say)
+    alive = points.reach(top.firm | top.recent)
+    before: dict[ObjectId, tuple[str, ...]] = {}
+    with store.snapshot() as snapshot:
+        in_packs = sum(max(0, each.size - TRAILER_BYTES) for each in snapshot.packs().values())
+        for id in alive:
+            taken = snapshot.drops(id)
+            if taken is not None:
+                before[id] = taken
+    content.read((points.of[id] for id in alive), before)
+    needed, stays = (np.zeros(len(rows), bool) for _ in range(2))
+    needed[rows.known(list(alive))] = stays[rows.known(list(alive))] = True
+    for id in alive:
+        needed[content.of(points.of[id], before.get(id))] = True
+        after = before.get(id)
+        if id in dropping:
+            more = dropping[id]
+            after = () if not more or after == () else tuple(sorted({*(after or ()), *more}))
+        stays[content.of(points.of[id], after)] = True
+    found = {}
+    counted = stays.copy()
+    for id in oldest_first:
+        places = content.of(points.of[id], before.get(id))
+        lost = places[~counted[places]]
+        counted[lost] = True
+        found[id] = int(rows.cost[lost].sum())
+    return found, in_packs - int(rows.cost[needed].sum())

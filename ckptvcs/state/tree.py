@@ -354,16 +354,21 @@ def read(
 
 @refuse_deep
 def files(
-    reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None
+    reader: ObjectReader,
+    tree: ObjectId,
+    only: str | Sequence[str] | None = None,
+    without: Sequence[str] = (),
 ) -> dict[str, StoredFile | StoredLink]:
-    """The files of a tree by path, without their content; {} if it has none."""
+    """The files of a tree by path, without their content; {} if it has none. Without `only`, components in
+    `without` are not looked at."""
     loader = Loader(reader)
     opened, found = loader.root(tree)
     if "files" not in found:
         return {}
     patterns = paths.Patterns(only)
     result: dict[str, StoredFile | StoredLink] = {}
-    stored = loader.node(found["files"], opened, patterns.start())
+    selection = paths.all_but(without, files=True) if only is None else patterns.start()
+    stored = loader.node(found["files"], opened, selection)
     _list_files("", stored, result)
     if not patterns.complete:
         everything: dict[str, StoredFile | StoredLink] = {}

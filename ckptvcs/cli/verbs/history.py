@@ -117,7 +117,7 @@ class _Texts:
         ]
         if commit.fresh_start:
             words.append("[fresh start]")
-        return words
+        return words + shapes.kept_words(self._repo, commit)
 
 
 # ---- show ---------------------------------------------------------------------------------------
@@ -157,6 +157,10 @@ def _print_commit(repo: Repo, commit: Commit, refs: shapes.Decorations) -> None:
         rows.append(("step", str(commit.step)))
     if commit.epoch is not None:
         rows.append(("epoch", output.number(commit.epoch)))
+    if marks := shapes.kept_words(repo, commit):
+        rows.append(("kept", " ".join(marks)))
+        if repo.dropped(commit) is not None and (near := repo.nearest_with(commit)) is not None:
+            rows.append(("nearest", f"{near.id.short} has all of its content"))
     output.fields(rows)
     if commit.message:
         output.line()
