@@ -125,7 +125,9 @@ def _print_verdicts(word: str, verdicts: list[Verdict]) -> None:
 @click.option("--list", "listing", is_flag=True, help="List the pins instead.")
 @json_option
 def pin(revision: str, listing: bool, as_json: bool) -> None:
-    """Keep a commit's content whatever retention says, and the commit whatever refs are deleted.
+    """Keep a commit and its content, whatever retention says.
+
+    The commit stays also if all refs to it are deleted.
 
     \b
     ckpt pin main@best:val_loss

@@ -36,7 +36,7 @@ _MOST = 20
 def du(
     revision: str, branches: bool, components: bool, commits: bool, tensors: bool, count: int, as_json: bool
 ) -> None:
-    """Tell what takes the disk space: branches and components, or what the options say.
+    """Tell what takes the disk space.
 
     Exclusive bytes (#) are held by nothing else: for a branch, what deleting it and `ckpt gc --grace 0` free.
     Shared ones (=) stay as long as another holds them. Stored is the sum of both; logical is what was given.
