@@ -197,7 +197,10 @@ class Retention:
             report.collected = False
             return
         report.freed, report.problems = found.freed, list(found.problems)
-        report.recoded = sum(each.freed for each in report.dropped) + report.garbage - report.freed
+        attributed = sum(each.freed for each in report.dropped)
+        if not attributed:
+            report.garbage = max(report.freed, 0)
+        report.recoded = attributed + report.garbage - report.freed
 
     # -- deciding ----------------------------------------------------------------------------------
 

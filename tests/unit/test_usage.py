@@ -15,7 +15,6 @@ from ckptvcs.store import Drop, Pin
 
 SEED = 5
 CASES = 24
-DROPS = False
 
 
 def array(seed: int, size: int = 4000) -> np.ndarray[Any, Any]:
@@ -64,7 +63,7 @@ def history(chance: random.Random, repo: Repo) -> None:
             repo.tag(f"v{len(made)}-{chance.randint(0, 9**9)}", chance.choice(made))
         elif what < 0.4 and made:
             pin(repo, chance.choice(made))
-        elif what < 0.5 and len(made) > 1 and DROPS:
+        elif what < 0.5 and len(made) > 1:
             tips = set(repo.branches().values())
             old = [id for id in made if id not in tips]
             if old:
