@@ -252,6 +252,7 @@ class Committer:
             "host": disk.host(),
             "job": self._opened.job,
             "author": self._opened.author,
+            "origin": None if self.origin is None else str(self.origin),
         }
 
     @property
@@ -276,11 +277,13 @@ class Committer:
         quiet: bool,
         tags: Sequence[str],
         status: str | None,
+        retain: Mapping[str, Any] | None,
     ) -> PendingCommit:
         """`Repo.commit_async`."""
         opened = self._open()
         store = opened.store
         begun = store.disk.seconds()
+        from ckptvcs.maintenance.retention import Policy
         from ckptvcs.state import files as file_trees
         from ckptvcs.state import tree as state_trees
         from ckptvcs.state.distributed import refuse_on_other_ranks
@@ -291,6 +294,7 @@ class Committer:
             raise InvalidError(f"when_busy is {when_busy!r}", hint="'wait' or 'skip'")
         fields = self._fields(message, step, epoch, metrics, config, circumstances)
         is_frozen = matcher(frozen) if frozen else None
+        policy = None if retain is None else Policy.of(retain).plain()
         store.check("write")
 
         def prepare() -> tuple[state_trees.Prepared, dict[str, Any]]:
@@ -316,6 +320,7 @@ class Committer:
                 "fields": fields,
                 "tags": list(beside.tags),
                 "status": beside.status,
+                "retain": policy,
             }
 
         with store.operation():
@@ -340,6 +345,8 @@ class Committer:
 
         made, problem = None, None
         if answer is not None:
+            for problem_text in answer.get("warnings", ()):
+                _log.warning("%s", problem_text)
             try:
                 made = commit_of(answer, fields)
             except CkptError as error:

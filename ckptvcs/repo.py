@@ -469,6 +469,7 @@ class Repo:
         quiet: bool = False,
         tags: Sequence[str] = (),
         status: str | None = None,
+        retain: Mapping[str, Any] | None = None,
     ) -> PendingCommit:
         """Save a state in the background. When the call returns, everything is copied, files included,
         and the state may change; the commit is durable once `PendingCommit.result` returns it.
@@ -484,6 +485,9 @@ class Repo:
                 call, no new copy is made. Writes that torch does not count are missed: through
                 `tensor.data`, a numpy view, or foreign code.
             quiet: do not log a line at level INFO when the save has ended.
+            retain: rules as `Repo.retain` takes them, such as {"keep_last": 3}, which the writer applies to
+                the branch behind the commit. A save waits for that only if another was stored meanwhile, so
+                that what should be gone never piles up.
             others: as in `commit`.
 
         Extra memory is one copy of the state and files, kept for the next call, and what the writer
@@ -507,6 +511,7 @@ class Repo:
             quiet=quiet,
             tags=tags,
             status=status,
+            retain=retain,
         )
 
     def commit_files(

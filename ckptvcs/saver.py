@@ -7,16 +7,20 @@ closes, or dies, the save in flight is finished and the process ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckptvcs import canonical
 from ckptvcs.background import answer_of
 from ckptvcs.committing import Beside
 from ckptvcs.companion import Channel, SharedMemory
+from ckptvcs.config import seconds_of
 from ckptvcs.errors import described
 from ckptvcs.history.commit import Commit
 from ckptvcs.ids import ObjectId
+from ckptvcs.maintenance.retaining import Retention
+from ckptvcs.maintenance.retention import Policy
 from ckptvcs.repo import Repo
 from ckptvcs.state import transfer, tree
 
@@ -38,6 +42,94 @@ class _Writer(Repo):
                 lambda writer, bases: tree.store(writer, prepared, bases), task["fields"], started, beside
             )
 
+    _retention: Retention | None = None
+
+    def retain_on(self, branch: str, rules: Mapping[str, Any]) -> None:
+        """Apply a retention policy to a branch. Beside `save`, on another thread."""
+        opened = self._opened
+        opened.config = opened.read_config()
+        if self._retention is None:
+            self._retention = Retention(opened.store, self._revisions.mode)
+        policy = Policy.of(rules)
+        with opened.store.operation():
+            self._retention.run(
+                lambda branches: {branch: policy} if branch in branches else {},
+                grace=seconds_of(opened.config.get("gc.grace")),
+                who=opened.author,
+                attribute=False,
+                idle=False,
+            )
+
+
+class Retainer:
+    """Retention behind saves, on a thread: a save need not wait for the collection that follows another.
+
+    But at most one save is stored from when retention is due until it is done. So a repository holds two
+    payloads more than its policy keeps, and not one more for each save that a slow collection is behind.
+    """
+
+    def __init__(self, apply: Callable[[str, Mapping[str, Any]], None]) -> None:
+        """`apply` is called with a branch and its rules."""
+        self._apply = apply
+        self._turn = threading.Condition()
+        self._wanted: tuple[str, Mapping[str, Any]] | None = None
+        self._running = False
+        self._closing = False
+        self._behind = 0  # saves since the one for which retention is due or under way
+        self._problems: list[str] = []
+        self._last = ""
+        self._thread = threading.Thread(target=self._work, name="ckptvcs-retention")
+        self._thread.start()
+
+    def make_room(self) -> None:
+        """Before a save is stored: wait for retention if it is a save behind."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._behind == 0)
+
+    def begin(self, branch: str, rules: Mapping[str, Any]) -> None:
+        """A save was stored: apply the policy soon."""
+        with self._turn:
+            if self._running or self._wanted is not None:
+                self._behind += 1
+            self._wanted = branch, rules
+            self._turn.notify_all()
+
+    def problems(self) -> list[str]:
+        """What went wrong since the last call; the same thing is not told twice in a row."""
+        with self._turn:
+            found, self._problems = self._problems, []
+        return found
+
+    def close(self) -> None:
+        """Finish what is due."""
+        with self._turn:
+            self._closing = True
+            self._turn.notify_all()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: self._wanted is not None or self._closing)
+                if self._wanted is None:
+                    return
+                (branch, rules), self._wanted = self._wanted, None
+                self._running, self._behind = True, 0
+                self._turn.notify_all()
+            problem = ""
+            try:
+                self._apply(branch, rules)
+            except Exception as error:  # noqa: BLE001 - the trainer is told; its saves are safe
+                problem = f"retention on {branch} failed: {error}"
+            with self._turn:
+                self._running = False
+                if self._wanted is None:
+                    self._behind = 0
+                if problem and problem != self._last:
+                    self._problems.append(problem)
+                self._last = problem
+                self._turn.notify_all()
+
 
 def _id(value: bytes | None) -> ObjectId | None:
     return None if value is None else ObjectId(value)
@@ -46,6 +138,7 @@ def _id(value: bytes | None) -> ObjectId | None:
 def main(channel: Channel, memory: SharedMemory) -> None:
     """Store what is asked for until the trainer has gone."""
     writer: _Writer | None = None
+    retainer: Retainer | None = None
     while (message := channel.receive()) is not None:
         try:
             start, size = canonical.decode(message)
@@ -55,9 +148,19 @@ def main(channel: Channel, memory: SharedMemory) -> None:
                 opened = _Writer.open(task["folder"], branch=task["branch"], index_free=task["index_free"])
                 assert isinstance(opened, _Writer)
                 writer = opened
+            if task.get("retain") is not None and retainer is None:
+                retainer = Retainer(writer.retain_on)
+            if retainer is not None:
+                retainer.make_room()
             answer = answer_of(writer.save(task, view))
+            if task.get("retain") is not None and retainer is not None:
+                retainer.begin(task["branch"], task["retain"])
         except BaseException as error:  # noqa: BLE001 - the trainer raises it
             answer = {"error": described(error)}
+        if retainer is not None:
+            answer["warnings"] = retainer.problems()
         channel.send(canonical.encode(answer))
+    if retainer is not None:
+        retainer.close()
     if writer is not None:
         writer.close()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ckptvcs.history import refs
-from ckptvcs.history.commit import decode_commit
+from ckptvcs.history.commit import Commit, decode_commit
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.store import Move, Pin, Snapshot, Store
 
@@ -37,6 +37,21 @@ class Point:
     time: int
     metrics: Mapping[str, Any]
     sizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, commit: Commit) -> Point:
+        """What is kept of a commit."""
+        origin = () if commit.origin is None else (commit.origin,)
+        return cls(
+            commit.id,
+            commit.tree,
+            tuple(dict.fromkeys((*commit.parents, *origin))),
+            commit.parents[0] if commit.parents else None,
+            commit.step,
+            commit.time,
+            commit.metrics,
+            commit.sizes,
+        )
 
 
 @dataclass(slots=True)
@@ -116,18 +131,7 @@ class Points:
             with self._store.reader() as reader:
                 payloads = reader.objects(Kind.COMMIT, part)
             for id, payload in zip(part, payloads, strict=True):
-                commit = decode_commit(id, payload)
-                origin = () if commit.origin is None else (commit.origin,)
-                self.of[id] = Point(
-                    id,
-                    commit.tree,
-                    tuple(dict.fromkeys((*commit.parents, *origin))),
-                    commit.parents[0] if commit.parents else None,
-                    commit.step,
-                    commit.time,
-                    commit.metrics,
-                    commit.sizes,
-                )
+                self.of[id] = Point.of(decode_commit(id, payload))
 
     def line(self, tip: ObjectId) -> list[Point]:
         """A commit and its first parents, the newest first."""

@@ -25,7 +25,6 @@ from ckptvcs.ids import ObjectId
 from ckptvcs.maintenance import gc, retention
 from ckptvcs.maintenance.points import Point, Points, Roots, roots
 from ckptvcs.maintenance.retention import Policy, Score
-from ckptvcs.state import paths
 from ckptvcs.store import Drop, Move, Pin, Snapshot, Store
 
 _RETRIES: Final = 10
@@ -45,16 +44,20 @@ def chooser(
     patterns = None if wanted is None else ([wanted] if isinstance(wanted, str) else list(wanted))
 
     def choose(branches: Sequence[str]) -> dict[str, Policy]:
-        chosen = [name for name in branches if patterns is None or paths.matcher(patterns)(name)]
+        chosen = [
+            name
+            for name in branches
+            if patterns is None or any(retention.is_for(pattern, name) for pattern in patterns)
+        ]
         for pattern in patterns or ():
-            if not any(paths.matches(pattern, name) for name in branches):
+            if not any(retention.is_for(pattern, name) for name in branches):
                 raise NotFoundError(
                     f"no branch matches {pattern!r}",
                     hint="`ckpt branch` lists them; exp/* means all below exp",
                 )
         if policy is not None:
             return dict.fromkeys(chosen, policy)
-        rules = {name: config.retention(name, paths.matches) for name in chosen}
+        rules = {name: config.retention(name, retention.is_for) for name in chosen}
         if not any(rules.values()) and chosen:
             raise InvalidError(
                 "there is no retention policy for these branches",
@@ -141,6 +144,7 @@ class Retention:
         self._points = Points(store)
         self._homes: dict[ObjectId, str] = {}
         self._logged = 0
+        self._owed = False  # what was dropped could not be collected yet
 
     def run(
         self,
@@ -177,7 +181,7 @@ class Retention:
             raise ConflictError(
                 "refs keep moving to what retention would drop", hint="try again, or pin what is needed"
             )
-        if dropping or idle:
+        if dropping or idle or self._owed:
             self._collect(report, grace, who, dropping)
         return report
 
@@ -195,7 +199,9 @@ class Retention:
             )
         except LockedError:
             report.collected = False
+            self._owed = not report.dry_run
             return
+        self._owed = self._owed and report.dry_run
         report.freed, report.problems = found.freed, list(found.problems)
         attributed = sum(each.freed for each in report.dropped)
         if not attributed:

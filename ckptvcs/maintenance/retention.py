@@ -96,6 +96,11 @@ class Policy:
             )
         return cls(**known)
 
+    def plain(self) -> dict[str, Any]:
+        """Its rules as plain values, which `of` takes."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {**{name: each for name, each in values.items() if each is not None}, "drop": list(self.drop)}
+
     def __str__(self) -> str:
         """Its rules in words, as `keeps` names them."""
         rules = [
@@ -244,6 +249,11 @@ def protected(
                 best = min(judged, key=lambda pair: pair[0])[1]
                 found.setdefault(best.id, f"the best {metric} of {name}")
     return found
+
+
+def is_for(pattern: str, branch: str) -> bool:
+    """Whether a pattern means a branch: `*` stops at `/`, `**` does not; without them it is the name."""
+    return paths.matches(pattern, branch) if any(sign in pattern for sign in "*?[") else pattern == branch
 
 
 # -- components ------------------------------------------------------------------------------------
