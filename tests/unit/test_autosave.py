@@ -1000,6 +1000,7 @@ def test_other_threads_have_no_signals(place: Path, clock: Clock, caplog: pytest
 def test_what_is_to_be_kept_is_kept_and_the_rest_goes(
     repo: Repo, caplog: pytest.LogCaptureFixture, blocking: bool
 ) -> None:
+    caplog.set_level(logging.INFO, "ckptvcs")
     state = new_state()
     with Autosave(repo, state, every=2, monitor="loss", keep_last=2, keep_best=1, blocking=blocking) as save:
         assert "retention on main keeps the last 2, the best 1 by loss" in lines(caplog)
