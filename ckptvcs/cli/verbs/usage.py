@@ -102,7 +102,7 @@ def _print_view(title: str, shares: Sequence[Share], count: int) -> None:
         )
         for share in shares[:count]
     ]
-    header = (title, "logical", "stored", "shared", "exclusive", "")
+    header = (title, "logical", "stored", "shared", "exclusive", "#own =shared")
     output.table(rows, header=header, right=(1, 2, 3, 4), paints={5: {"fg": "cyan"}})
     if len(shares) > count:
         output.line(f"and {len(shares) - count:,} more (-n)")
