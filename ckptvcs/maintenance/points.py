@@ -62,6 +62,7 @@ class Roots:
         branches: branches and their tips.
         others: what else points at commits, by its name for people: tags, lost commits, a detached HEAD.
         pins: pinned commits.
+        forks: where branches were forked, by branch.
         recent: commits that the undo window holds.
         position: of the log then.
     """
@@ -69,6 +70,7 @@ class Roots:
     branches: dict[str, ObjectId] = field(default_factory=dict)
     others: dict[str, ObjectId] = field(default_factory=dict)
     pins: frozenset[ObjectId] = frozenset()
+    forks: dict[str, ObjectId] = field(default_factory=dict)
     recent: frozenset[ObjectId] = frozenset()
     position: int = 0
 
@@ -90,6 +92,10 @@ def roots(store: Store, grace: float = 0.0) -> Roots:
                     found.branches[name.removeprefix(refs.HEADS)] = target
                 else:
                     found.others[refs.shown(name)] = target
+        for branch in found.branches:
+            fork = snapshot.fork(branch)
+            if fork is not None:
+                found.forks[branch] = fork[0]
         if grace:
             found.recent = frozenset(_recent(snapshot, store.disk.now_ns() - int(grace * 10**9)))
     return found

@@ -231,6 +231,8 @@ def protected(
         found.setdefault(id, f"named by {name}")
     for id in roots.pins:
         found.setdefault(id, "pinned")
+    for name, id in roots.forks.items():
+        found.setdefault(id, f"where {name} was forked")
     for id in claimed:
         found.setdefault(id, "restored by a running job")
     children: dict[ObjectId, int] = {}

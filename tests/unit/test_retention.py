@@ -259,6 +259,9 @@ def test_what_is_protected(repo: Repo) -> None:
     with pytest.raises(Exception, match="kept as"):
         lost.commit(state(200))
     commits(repo, 3, 13)
+    repo.fork(made[5], "forked", {"model": 1}).close()
+    late = repo.on("forked")
+    late.commit({"own": 1})
     repo.set_head(made[4])
     repo.branch("at9", made[9])
     waiting = repo.on("unborn")
@@ -270,14 +273,15 @@ def test_what_is_protected(repo: Repo) -> None:
     assert reasons[made[2].id] == "pinned"
     assert reasons[made[3].id] == "the best val_acc of at9"
     assert reasons[made[4].id] == "named by HEAD"
+    assert reasons[made[5].id] == "where forked was forked"
     assert reasons[made[6].id] == "a fork point"
     assert reasons[made[8].id] == "restored by a running job"
     assert reasons[made[9].id] == "the tip of at9"
     assert reasons[made[11].id] == "a fork point"  # where the lost commit begins
-    assert left(repo, made) == [1, 2, 3, 4, 6, 8, 9, 11]
+    assert left(repo, made) == [1, 2, 3, 4, 5, 6, 8, 9, 11]
     repo.unpin(made[2])
     retained(repo, keep_last=1)
-    assert left(repo, made) == [1, 3, 4, 6, 9, 11]
+    assert left(repo, made) == [1, 3, 4, 5, 6, 9, 11]
     assert repo.fsck(full=True).ok
 
 
