@@ -486,8 +486,8 @@ class Repo:
                 `tensor.data`, a numpy view, or foreign code.
             quiet: do not log a line at level INFO when the save has ended.
             retain: rules as `Repo.retain` takes them, such as {"keep_last": 3}, which the writer applies to
-                the branch behind the commit. A save waits for that only if another was stored meanwhile, so
-                that what should be gone never piles up.
+                the branch behind the commit. The next save with rules is stored after that, so that what
+                should be gone never piles up. One without rules waits for nothing.
             others: as in `commit`.
 
         Extra memory is one copy of the state and files, kept for the next call, and what the writer

@@ -62,10 +62,10 @@ class _Writer(Repo):
 
 
 class Retainer:
-    """Retention behind saves, on a thread: a save need not wait for the collection that follows another.
+    """Retention behind saves, on a thread: neither an answer nor a save in a hurry waits for it.
 
-    But at most one save is stored from when retention is due until it is done. So a repository holds two
-    payloads more than its policy keeps, and not one more for each save that a slow collection is behind.
+    The next save under a policy does. So a repository holds one payload more than the policy keeps, another
+    while differences to what goes are encoded anew, and no more, however slow collections are.
     """
 
     def __init__(self, apply: Callable[[str, Mapping[str, Any]], None]) -> None:
@@ -74,23 +74,18 @@ class Retainer:
         self._turn = threading.Condition()
         self._wanted: tuple[str, Mapping[str, Any]] | None = None
         self._running = False
-        self._closing = False
-        self._behind = 0  # saves since the one for which retention is due or under way
         self._problems: list[str] = []
         self._last = ""
-        self._thread = threading.Thread(target=self._work, name="ckptvcs-retention")
-        self._thread.start()
+        threading.Thread(target=self._work, name="ckptvcs-retention", daemon=True).start()
 
-    def make_room(self) -> None:
-        """Before a save is stored: wait for retention if it is a save behind."""
+    def wait(self) -> None:
+        """Wait until nothing is due."""
         with self._turn:
-            self._turn.wait_for(lambda: self._behind == 0)
+            self._turn.wait_for(lambda: not self._running and self._wanted is None)
 
     def begin(self, branch: str, rules: Mapping[str, Any]) -> None:
-        """A save was stored: apply the policy soon."""
+        """A save was stored: apply the policy."""
         with self._turn:
-            if self._running or self._wanted is not None:
-                self._behind += 1
             self._wanted = branch, rules
             self._turn.notify_all()
 
@@ -100,22 +95,13 @@ class Retainer:
             found, self._problems = self._problems, []
         return found
 
-    def close(self) -> None:
-        """Finish what is due."""
-        with self._turn:
-            self._closing = True
-            self._turn.notify_all()
-        self._thread.join()
-
     def _work(self) -> None:
         while True:
             with self._turn:
-                self._turn.wait_for(lambda: self._wanted is not None or self._closing)
-                if self._wanted is None:
-                    return
+                self._turn.wait_for(lambda: self._wanted is not None)
+                assert self._wanted is not None
                 (branch, rules), self._wanted = self._wanted, None
-                self._running, self._behind = True, 0
-                self._turn.notify_all()
+                self._running = True
             problem = ""
             try:
                 self._apply(branch, rules)
@@ -123,8 +109,6 @@ class Retainer:
                 problem = f"retention on {branch} failed: {error}"
             with self._turn:
                 self._running = False
-                if self._wanted is None:
-                    self._behind = 0
                 if problem and problem != self._last:
                     self._problems.append(problem)
                 self._last = problem
@@ -139,28 +123,31 @@ def main(channel: Channel, memory: SharedMemory) -> None:
     """Store what is asked for until the trainer has gone."""
     writer: _Writer | None = None
     retainer: Retainer | None = None
+    rules: Mapping[str, Any] | None = None
     while (message := channel.receive()) is not None:
         try:
             start, size = canonical.decode(message)
             view = memory.view(start + size)
             task = canonical.decode(bytes(view[start : start + size]))
+            rules = task.get("retain")
             if writer is None:
                 opened = _Writer.open(task["folder"], branch=task["branch"], index_free=task["index_free"])
                 assert isinstance(opened, _Writer)
                 writer = opened
-            if task.get("retain") is not None and retainer is None:
-                retainer = Retainer(writer.retain_on)
-            if retainer is not None:
-                retainer.make_room()
+            if rules is not None and retainer is not None:
+                retainer.wait()
             answer = answer_of(writer.save(task, view))
-            if task.get("retain") is not None and retainer is not None:
-                retainer.begin(task["branch"], task["retain"])
+            if rules is not None:
+                retainer = retainer or Retainer(writer.retain_on)
+                retainer.begin(task["branch"], rules)
         except BaseException as error:  # noqa: BLE001 - the trainer raises it
             answer = {"error": described(error)}
         if retainer is not None:
             answer["warnings"] = retainer.problems()
         channel.send(canonical.encode(answer))
     if retainer is not None:
-        retainer.close()
+        if rules is None:  # the last save was in a hurry: a collection may end anywhere, as in a crash
+            return
+        retainer.wait()
     if writer is not None:
         writer.close()

@@ -107,7 +107,8 @@ class Report:
         kept: commits of the same lines that keep their content, newest first.
         freed: bytes freed: those of `dropped`, and `garbage`, less `recoded`.
         garbage: bytes that nothing needed before, which go along.
-        recoded: bytes by which chunks grew that were stored as a difference to what goes.
+        recoded: bytes by which chunks grew that were stored as a difference to what goes; negative if they
+            are smaller now.
         collected: False if another process was collecting: it, or the next one, frees what was dropped.
         problems: damage that the collector met.
     """

@@ -417,7 +417,7 @@ class Autosave:
 
     # -- saving ------------------------------------------------------------------------------------
 
-    def _save(self, wanted: Wanted, why: str) -> None:
+    def _save(self, wanted: Wanted, why: str, *, hurried: bool = False) -> None:
         """Begin a save. None is under way."""
         self._saved_step = wanted.step
         if not self._writes:
@@ -429,7 +429,8 @@ class Autosave:
         best = value is not None and self._monitor is not None and self._monitor.saving(value)
         with self._ranks.looking():
             self._saver.begin(
-                Wanted(wanted.step, why, wanted.epoch, metrics, value, best, self._waited), self._record(why)
+                Wanted(wanted.step, why, wanted.epoch, metrics, value, best, self._waited, hurried),
+                self._record(why),
             )
         self._waited = 0.0
         self._saved_at, self._work = self._disk.seconds(), 0.0
@@ -492,7 +493,7 @@ class Autosave:
                     self._wait()
             unsaved = self._writes and self._saved_step != wanted.step
             if self._ranks.agree(Flags(save=int(unsaved))).save:
-                self._save(wanted, which.name)
+                self._save(wanted, which.name, hurried=True)
             if self._writes:
                 self._wait()
         except Exception as error:  # noqa: BLE001 - raised below, when no rank waits any more

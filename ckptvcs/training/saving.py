@@ -43,6 +43,7 @@ class Wanted:
         value: of the monitored metric; None if it was not given.
         best: whether that is better than all that were saved before.
         waited: seconds for which the save before held it up.
+        hurried: somebody waits for it to become durable, so retention does not come before or behind it.
     """
 
     step: int
@@ -52,6 +53,7 @@ class Wanted:
     value: float | None = None
     best: bool = False
     waited: float = 0.0
+    hurried: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +135,11 @@ class Saver:
         try:
             if self._blocking:
                 pending = _Over(self._repo.commit(self._state, **arguments))
-                self._drop()
+                if not wanted.hurried:
+                    self._drop()
             else:
-                pending = self._repo.commit_async(self._state, **arguments, quiet=True, retain=self._retain)
+                retain = None if wanted.hurried else self._retain
+                pending = self._repo.commit_async(self._state, **arguments, quiet=True, retain=retain)
         except Exception as error:  # noqa: BLE001 - raised when the outcome is taken out
             pending = _Over(error)
         self._under_way = wanted, pending, self._repo.disk.seconds() - began

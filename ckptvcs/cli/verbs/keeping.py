@@ -96,7 +96,7 @@ def _print(report: Report) -> None:
         output.line(f"{verb} {what}. Another process is collecting; the next collection frees the bytes.")
         return
     also = [f"{output.size(report.garbage)} of it garbage from before"] if report.garbage else []
-    if report.recoded:
+    if report.recoded > 0:
         also.append(f"{output.size(report.recoded)} spent on storing what was a difference to it")
     detail = f" ({', '.join(also)})" if also else ""
     output.line(f"{verb} {what}; {output.size(report.freed)} freed{detail}.")
