@@ -11,7 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptvcs.disk import StrPath, ThreadLock
-from ckptvcs.errors import CkptError, ConflictError, ExistsError, InvalidError, LineageError, NotFoundError
+from ckptvcs.errors import (
+    CkptError,
+    ConflictError,
+    CorruptionError,
+    ExistsError,
+    InvalidError,
+    LineageError,
+    NotFoundError,
+)
 from ckptvcs.history import commit as commits
 from ckptvcs.history import environment, refs
 from ckptvcs.history.commit import Commit, CommitReport, Component
@@ -244,6 +252,7 @@ class Committer:
             "host": disk.host(),
             "job": self._opened.job,
             "author": self._opened.author,
+            "origin": None if self.origin is None else str(self.origin),
         }
 
     @property
@@ -268,11 +277,13 @@ class Committer:
         quiet: bool,
         tags: Sequence[str],
         status: str | None,
+        retain: Mapping[str, Any] | None,
     ) -> PendingCommit:
         """`Repo.commit_async`."""
         opened = self._open()
         store = opened.store
         begun = store.disk.seconds()
+        from ckptvcs.maintenance.retention import Policy
         from ckptvcs.state import files as file_trees
         from ckptvcs.state import tree as state_trees
         from ckptvcs.state.distributed import refuse_on_other_ranks
@@ -283,6 +294,7 @@ class Committer:
             raise InvalidError(f"when_busy is {when_busy!r}", hint="'wait' or 'skip'")
         fields = self._fields(message, step, epoch, metrics, config, circumstances)
         is_frozen = matcher(frozen) if frozen else None
+        policy = None if retain is None else Policy.of(retain).plain()
         store.check("write")
 
         def prepare() -> tuple[state_trees.Prepared, dict[str, Any]]:
@@ -308,6 +320,7 @@ class Committer:
                 "fields": fields,
                 "tags": list(beside.tags),
                 "status": beside.status,
+                "retain": policy,
             }
 
         with store.operation():
@@ -332,6 +345,8 @@ class Committer:
 
         made, problem = None, None
         if answer is not None:
+            for problem_text in answer.get("warnings", ()):
+                _log.warning("%s", problem_text)
             try:
                 made = commit_of(answer, fields)
             except CkptError as error:
@@ -488,8 +503,15 @@ class Committer:
             return Bases(lambda: held)
 
         def load() -> dict[str, Held]:
-            with self._opened.store.reader() as reader:
-                return state_trees.held(reader, self._opened.history.commit(parents[0]).tree)
+            try:
+                with self._opened.store.reader() as reader:
+                    return state_trees.held(reader, self._opened.history.commit(parents[0]).tree)
+            except (CorruptionError, NotFoundError):
+                with self._opened.store.snapshot() as snapshot:
+                    dropped = snapshot.drops(parents[0]) is not None
+                if not dropped:
+                    raise
+                return {}  # retention took it, since this handle restored it perhaps
 
         return Bases(load)
 

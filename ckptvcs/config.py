@@ -10,6 +10,8 @@ may know them); a known key with an impossible value is an error that names it.
     ingest = "auto"            take bundles up when the repository is opened, or "manual": by `ckpt ingest`
     gc.grace = "24h"           how long gc keeps what nothing refers to any more
     metric.NAME.mode = "min"   whether small or large values of NAME are better
+    retention.RULE             what `ckpt retain` and Autosave keep (docs/concepts: retention)
+    retention.branch.PATTERN.RULE   the same for branches that match; the first pattern in the file counts
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import datetime
 import math
 import re
 import tomllib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Final
 
 from ckptvcs.errors import InvalidError
@@ -89,6 +91,18 @@ class Config:
         """All settings in force by dotted key: what is set, and the defaults."""
         return {**_DEFAULTS, **flatten(self._values)}
 
+    def retention(self, branch: str, matches: Callable[[str, str], bool]) -> dict[str, Any]:
+        """The retention rules for a branch: those of the first pattern that matches it, as `matches(pattern,
+        branch)` tells, else those for all branches; {} without any."""
+        table = self._values.get("retention")
+        if not isinstance(table, Mapping):
+            return {}
+        patterns = table.get("branch")
+        for pattern, rules in patterns.items() if isinstance(patterns, Mapping) else ():
+            if isinstance(rules, Mapping) and matches(pattern, branch):
+                return {name: rules[name] for name in RETENTION if name in rules}
+        return {name: table[name] for name in RETENTION if name in table}
+
     def metric_mode(self, metric: str) -> str | None:
         """'min', 'max', or None if the file does not say."""
         found = flatten(self._values).get(f"metric.{metric}.mode")
@@ -126,6 +140,18 @@ class Config:
         return text_now
 
 
+RETENTION: Final = (
+    "keep_last",
+    "keep_every",
+    "keep_best",
+    "metric",
+    "mode",
+    "keep_within",
+    "thin",
+    "drop",
+)
+"""The rules of a retention policy."""
+
 KNOWN: Final = (
     "author",
     "compression",
@@ -134,6 +160,8 @@ KNOWN: Final = (
     "index.network",
     "ingest",
     "metric.NAME.mode",
+    "retention.RULE",
+    "retention.branch.PATTERN.RULE",
 )
 _DEFAULTS: Final[dict[str, Any]] = {
     "author": None,
@@ -146,15 +174,20 @@ _DEFAULTS: Final[dict[str, Any]] = {
 
 
 def split_key(key: str) -> list[str]:
-    """The parts of a dotted key. A metric's name may hold dots and slashes itself."""
+    """The parts of a dotted key. A metric's name and a branch's may hold dots and slashes themselves."""
     if key.startswith("metric.") and key.endswith(".mode") and len(key) > len("metric..mode"):
         return ["metric", key[len("metric.") : -len(".mode")], "mode"]
+    start, (pattern, _, rule) = "retention.branch.", key.rpartition(".")
+    if key.startswith(start) and len(pattern) > len(start):
+        return ["retention", "branch", pattern.removeprefix(start), rule]
     return key.split(".")
 
 
 def known(key: str) -> bool:
     """Whether this program knows a setting of that name."""
     first, *rest = split_key(key)
+    if first == "retention":
+        return rest[-1:] != [] and rest[-1] in RETENTION and (len(rest) == 1 or rest[0] == "branch")
     return key in _DEFAULTS or (first == "metric" and len(rest) == 2 and rest[0] != "" and rest[1] == "mode")
 
 
@@ -174,6 +207,8 @@ def checked(key: str, value: Any, where: str) -> Any:
             return value
     if key.startswith("metric.") and value in _MODES:
         return value
+    if key.startswith("retention."):
+        return _checked_rule(split_key(key)[-1], value, key, where)
     choices = {
         "author": "a name",
         "compression": ", ".join(COMPRESSION_LEVELS),
@@ -186,9 +221,45 @@ def checked(key: str, value: Any, where: str) -> Any:
     raise InvalidError(f"{place}{key} cannot be {_shown(value)}", hint=f"choose {choices}")
 
 
+_RULES: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "metric": (lambda value: isinstance(value, str) and value != "", "the name of a metric"),
+    "mode": (lambda value: value in _MODES, " or ".join(_MODES)),
+    "keep_within": (lambda value: _is_duration(value), "a duration, as in 30m, 24h or 7d"),
+    "drop": (lambda value: _are_texts(value), "components, as in optimizer/**"),
+}
+
+
+def _checked_rule(rule: str, value: Any, key: str, where: str) -> Any:
+    fits, choices = _RULES.get(
+        rule, (lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a number from 1 up")
+    )
+    if fits(value):
+        return value
+    place = "" if where == key else f"{where}: "
+    raise InvalidError(f"{place}{key} cannot be {_shown(value)}", hint=f"choose {choices}")
+
+
+def _is_duration(value: Any) -> bool:
+    with contextlib.suppress(InvalidError):
+        seconds_of(value)
+        return True
+    return False
+
+
+def _are_texts(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return isinstance(texts, list) and bool(texts) and all(isinstance(t, str) and t for t in texts)
+
+
 def _value_of(key: str, text: str) -> Any:
     if key in _SWITCHES:
         return {"true": True, "false": False}.get(text.lower(), text)
+    if key.startswith("retention."):
+        rule = split_key(key)[-1]
+        if rule == "drop":
+            return [part for part in text.split(",") if part]
+        if rule not in _RULES and text.isascii() and text.isdigit() and len(text) < 16:
+            return int(text)
     return text
 
 

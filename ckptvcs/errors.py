@@ -2,7 +2,8 @@
 
     CkptError
     ├── NotFoundError (KeyError)          name something that exists
-    │   └── NoRepositoryError             run `ckpt init`, or point CKPT_REPO at a repository
+    │   ├── NoRepositoryError             run `ckpt init`, or point CKPT_REPO at a repository
+    │   └── DroppedError                  take the nearest commit that has it; retention took this one's
     ├── ExistsError (FileExistsError)     choose another name, or open what is there
     ├── InvalidError (ValueError)         mend the input
     │   ├── AmbiguousError                give more of the id
@@ -64,6 +65,28 @@ class NoRepositoryError(NotFoundError):
     """There is no repository at, or above, the given place."""
 
     code = "no-repository"
+
+
+class DroppedError(NotFoundError):
+    """Retention took this content from the commit; its message, metrics and lineage are still there.
+
+    `commit` is the commit's id, `names` are the components asked for that were taken (all of it if empty),
+    and `nearest` is the id of the nearest commit along the line that has them; None if there is none.
+    """
+
+    code = "dropped"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        commit: str = "",
+        names: Sequence[str] = (),
+        nearest: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.commit, self.names, self.nearest = commit, tuple(names), nearest
 
 
 class ExistsError(CkptError, FileExistsError):

@@ -33,6 +33,7 @@ from ckptvcs.history.best import Best, best
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.comparison import Comparison, Line, compare
 from ckptvcs.history.curves import Chart, curves
+from ckptvcs.history.drops import Drops
 from ckptvcs.history.filters import Filter, Moment, Steps
 from ckptvcs.history.log import Told, told
 from ckptvcs.history.revision import Revisions, range_of
@@ -47,7 +48,7 @@ from ckptvcs.opening import (
     open_store,
     refuse_network,
 )
-from ckptvcs.store import Claim, Fork, LogEntry, Move, Operation, Reader, Status, Store
+from ckptvcs.store import Claim, Fork, LogEntry, Move, Operation, Pin, Reader, Status, Store
 from ckptvcs.store.format import FOLDER
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from ckptvcs.background import PendingCommit
     from ckptvcs.history.deleted import Deleted
     from ckptvcs.history.diff import Diff
-    from ckptvcs.maintenance import fsck, gc
+    from ckptvcs.maintenance import fsck, gc, retaining, usage
     from ckptvcs.maintenance import ingest as ingesting
     from ckptvcs.maintenance.reach import Reach
     from ckptvcs.runs import Run
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from ckptvcs.state import tree as state_trees
     from ckptvcs.state.checkpoint import Checkpoint
     from ckptvcs.state.lazy import LazyTensor
+    from ckptvcs.state.paths import Selection
 
 Revs: TypeAlias = str | ObjectId | Commit | Sequence[str | ObjectId | Commit]
 """A revision or a range, or several of them."""
@@ -132,6 +134,7 @@ class Repo:
             self._committer.head,
             lambda metric: opened.config.metric_mode(metric),
         )
+        self._drops = Drops(opened.store, opened.history)
         if not owner:  # an owner in its own list would be freed by the garbage collector only
             opened.committers.append(self._committer)
 
@@ -476,6 +479,7 @@ class Repo:
         quiet: bool = False,
         tags: Sequence[str] = (),
         status: str | None = None,
+        retain: Mapping[str, Any] | None = None,
     ) -> PendingCommit:
         """Save a state in the background. When the call returns, everything is copied, files included,
         and the state may change; the commit is durable once `PendingCommit.result` returns it.
@@ -491,6 +495,9 @@ class Repo:
                 call, no new copy is made. Writes that torch does not count are missed: through
                 `tensor.data`, a numpy view, or foreign code.
             quiet: do not log a line at level INFO when the save has ended.
+            retain: rules as `Repo.retain` takes them, such as {"keep_last": 3}, which the writer applies to
+                the branch behind the commit. The next save with rules is stored after that, so that what
+                should be gone never piles up. One without rules waits for nothing.
             others: as in `commit`.
 
         Extra memory is one copy of the state and files, kept for the next call, and what the writer
@@ -514,6 +521,7 @@ class Repo:
             quiet=quiet,
             tags=tags,
             status=status,
+            retain=retain,
         )
 
     def commit_files(
@@ -580,7 +588,7 @@ class Repo:
         from ckptvcs.state import tree as state_trees
 
         commit = self.resolve(rev)
-        with self._reading(commit) as reader:
+        with self._reading(commit, only) as reader:
             if not state_trees.parts(reader, commit.tree).state:
                 return file_trees.contents(reader, commit.tree, only)
             return state_trees.read(reader, commit.tree, only=only, framework=framework, device=device)
@@ -598,9 +606,11 @@ class Repo:
         NotFoundError if there is nothing of that path; InvalidError if it is no dense tensor.
         """
         from ckptvcs.state.lazy import opened_tensor
+        from ckptvcs.state.paths import exactly, split
 
         commit = self.resolve(rev)
-        return opened_tensor(lambda: self._reading(commit), commit.tree, path, framework)
+        place = exactly(split(path))
+        return opened_tensor(lambda: self._reading(commit, place), commit.tree, path, framework)
 
     def restore(
         self,
@@ -626,6 +636,7 @@ class Repo:
             rename: stored path to path in `into`, or the beginning of names to another, such as
                 {"model/encoder.": "model/backbone."}.
 
+        DroppedError if retention took something of what is asked for; nothing was changed then.
         CorruptionError if a stored chunk is damaged; what was read before is in `into` then.
         """
         from ckptvcs.state import overrides as overriding
@@ -644,7 +655,7 @@ class Repo:
             )
         wanted = self._overrides_at(commit)
         overriding.check(into, wanted)
-        with self._reading(commit) as reader:
+        with self._reading(commit, only) as reader:
             filled = restoring.fill(reader, commit.tree, into, only=only, strict=strict, rename=rename)
         applied = overriding.apply(into, wanted)
         for line in applied.said:
@@ -660,23 +671,22 @@ class Repo:
     def _state_before(self, commit: Commit) -> str:
         """Where to find a state when a commit has none."""
         for older in self._opened.history.first_parents(commit.id):
-            if self.has_state(older):
+            if self.dropped(older) != () and self.has_state(older):
                 return f"the nearest before it with a state is {older.id.short}: restore(state, rev=...)"
         return "no commit before it holds one either; check out its files instead"
 
     @contextlib.contextmanager
-    def _reading(self, commit: Commit) -> Iterator[Reader]:
-        """A reader on a commit's content, which tells a commit that was collected meanwhile from damage."""
+    def _reading(
+        self, commit: Commit, only: str | Sequence[str] | Selection | None = None
+    ) -> Iterator[Reader]:
+        """A reader on what `only` selects of a commit's content. It tells what retention took, and what a
+        collector took meanwhile, from damage."""
+        self._drops.check(commit, only)
         try:
             with self._store.reader() as reader:
                 yield reader
-        except CorruptionError as error:
-            with self._store.snapshot() as snapshot:
-                gone = snapshot.row(commit.id) is None
-            if gone:
-                raise NotFoundError(
-                    f"the commit {commit.id.short} was deleted while it was being read"
-                ) from error
+        except (CorruptionError, NotFoundError) as error:
+            self._drops.explain(commit, only, error)
             raise
 
     def log(
@@ -877,40 +887,59 @@ class Repo:
         tips = self._open().history.commits(list(dict.fromkeys(self.branches().values())))
         return {name for tip in tips for name in self.metrics(tip)}
 
+    def dropped(self, rev: str | ObjectId | Commit = "HEAD") -> tuple[str, ...] | None:
+        """The components that retention took from a commit: () if all of its content, None if none was."""
+        return self._drops.of(self.resolve(rev).id)
+
+    def nearest_with(
+        self, rev: str | ObjectId | Commit = "HEAD", components: Sequence[str] = ()
+    ) -> Commit | None:
+        """The commit nearest to this one along its line, newer or older, that has these components (all of
+        its content, without any); None if there is none."""
+        return self._drops.nearest(self.resolve(rev), components)
+
     def has_state(self, rev: str | ObjectId | Commit = "HEAD") -> bool:
-        """Whether a commit holds a Python state; otherwise it holds files only."""
+        """Whether a commit holds a Python state; otherwise it holds files only. DroppedError if retention
+        took all of its content."""
         from ckptvcs.state import tree as state_trees
 
-        with self._store.reader() as reader:
-            return state_trees.parts(reader, self.resolve(rev).tree).state
+        commit = self.resolve(rev)
+        with self._reading(commit, ()) as reader:
+            return state_trees.parts(reader, commit.tree).state
 
     def entries(
         self, rev: str | ObjectId | Commit = "HEAD", only: str | Sequence[str] | None = None
     ) -> Iterator[state_trees.Entry]:
-        """The leaves of a commit's state: paths, kinds, dtypes, shapes, bytes. Reads no tensor."""
+        """The leaves of a commit's state: paths, kinds, dtypes, shapes, bytes. Reads no tensor.
+
+        Without `only`, of what is there: components that retention took are left out (`dropped`).
+        """
         from ckptvcs.state import tree as state_trees
 
         commit = self.resolve(rev)
-        with self._store.reader() as reader:
-            yield from state_trees.entries(reader, commit.tree, only)
+        with self._reading(commit, () if only is None else only) as reader:
+            yield from state_trees.entries(reader, commit.tree, only, self.dropped(commit) or ())
 
     # -- files -----------------------------------------------------------------------------------
 
     def file_entries(
         self, rev: str | ObjectId | Commit = "HEAD", only: str | Sequence[str] | None = None
     ) -> list[file_trees.FileEntry]:
-        """The files of a commit, attached ones included, without their content."""
+        """The files of a commit, attached ones included, without their content. Without `only`, those that
+        retention took are left out (`dropped`)."""
         from ckptvcs.state import files as file_trees
 
-        with self._store.reader() as reader:
-            return list(file_trees.entries(reader, self.resolve(rev).tree, only))
+        commit = self.resolve(rev)
+        with self._reading(commit, () if only is None else only) as reader:
+            return list(file_trees.entries(reader, commit.tree, only, self.dropped(commit) or ()))
 
     def file_status(self, rev: str | ObjectId | Commit = "HEAD") -> file_trees.FileStatus:
         """How the files in the repository's folder compare with a commit's."""
         from ckptvcs.state import files as file_trees
 
-        with self._store.reader() as reader:
-            return file_trees.status(reader, self.resolve(rev).tree, self.path)
+        commit = self.resolve(rev)
+        with self._reading(commit) as reader:
+            return file_trees.status(reader, commit.tree, self.path)
 
     def checkout_files(
         self,
@@ -929,13 +958,14 @@ class Repo:
         from ckptvcs.state import files as file_trees
 
         _, head = self.head()
-        with self._store.reader() as reader:
+        commit = self.resolve(rev)
+        with self._reading(commit, only) as reader:
             base = {}
-            if to is None and head is not None:
+            if to is None and head is not None and self.dropped(head) is None:
                 base = {e.path: e for e in file_trees.entries(reader, self.resolve(head).tree)}
             return file_trees.write_out(
                 reader,
-                self.resolve(rev).tree,
+                commit.tree,
                 self.path if to is None else Path(to),
                 only=only,
                 force=force,
@@ -987,8 +1017,10 @@ class Repo:
                 f"the commit {commit.id.short} holds files and no state",
                 hint=f"`ckpt checkout {commit.id.short} --to DIR` writes them as they were",
             )
-        make_folders(self._store.disk, Path(to))
-        with self._reading(commit) as reader:
+        part = "model" if only is None and format == "hf" and "model" in commit.sizes else only
+        with self._reading(commit, part):
+            make_folders(self._store.disk, Path(to))
+        with self._reading(commit, part) as reader:
             return exporting.export(
                 reader,
                 commit.tree,
@@ -1176,6 +1208,33 @@ class Repo:
             raise ExistsError(f"{refs.shown(ref)} exists already", hint="choose another name")
         return target
 
+    def pin(self, rev: str | ObjectId | Commit = "HEAD") -> ObjectId:
+        """Keep a commit's content whatever a retention policy says, and the commit itself whatever refs are
+        deleted, until `unpin`. Returns its id; pinning twice is fine. Durable on return.
+
+        DroppedError if retention took something of it already.
+        """
+        commit = self.resolve(rev)
+        self._drops.check(commit)
+        if commit.id not in self.pins():
+            self.record([Pin(commit.id, True)], f"pin: {commit.id.short}")
+        return commit.id
+
+    def unpin(self, rev: str | ObjectId | Commit = "HEAD") -> ObjectId:
+        """Take a pin away; returns the commit's id. NotFoundError if the commit is not pinned."""
+        id = self._revisions.resolve(rev)
+        if id not in self.pins():
+            raise NotFoundError(
+                f"the commit {id.short} is not pinned", hint="`ckpt pin --list` lists the pins"
+            )
+        self.record([Pin(id, False)], f"unpin: {id.short}")
+        return id
+
+    def pins(self) -> set[ObjectId]:
+        """The pinned commits."""
+        with self._store.snapshot() as snapshot:
+            return snapshot.pins()
+
     def branches(self) -> dict[str, ObjectId]:
         """All branches and their tips, in name order."""
         return self._targets(refs.HEADS)
@@ -1327,6 +1386,92 @@ class Repo:
 
         with self._store.operation():
             return ingest.ingest(self._store, retry=retry)
+
+    def retain(
+        self,
+        branches: str | Sequence[str] | None = None,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
+        metric: str | None = None,
+        mode: str | None = None,
+        keep_within: float | datetime.timedelta | str | None = None,
+        thin: int | None = None,
+        drop: str | Sequence[str] = (),
+        dry_run: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> retaining.Report:
+        """Drop the content of commits that no rule keeps, and free it (docs/concepts: retention).
+
+        Commits themselves stay, with message, metrics and lineage. Tips, tags, lost commits, pins, fork
+        points, the best of each line, and what a living claimant restored keep their content in any case.
+
+        Args:
+            branches: names or patterns; None for all.
+            keep_last: so many newest commits of each branch.
+            keep_every: of every so many steps the first commit.
+            keep_best: so many best commits by `metric`; `mode` is 'min' or 'max', else what the repository
+                knows.
+            keep_within: what was made within this span before the branch's tip.
+            thin: dense near the tip, ever sparser behind: so many newest commits, then every second of twice
+                as many, and so on.
+            drop: patterns of components to drop instead of all content, as in 'optimizer/**'.
+            dry_run: only tell. What it announces is what a run frees.
+            say: told now and then how far it is.
+
+        Without any rule the policies of the config apply. InvalidError if there is none for these branches.
+        Durable on return; nothing of it can be undone.
+        """
+        from ckptvcs.maintenance import retaining, retention
+
+        rules: dict[str, Any] = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
+        rules |= {"metric": metric, "mode": mode, "keep_within": keep_within, "thin": thin}
+        rules["drop"] = drop or None
+        given = {name: value for name, value in rules.items() if value is not None}
+        policy = retention.Policy.of(given) if given else None
+        self._store.format.check("write")
+        with self._store.operation():
+            return retaining.Retention(self._store, self._revisions.mode).run(
+                retaining.chooser(branches, policy, self.config),
+                grace=settings.seconds_of(self.config.get("gc.grace")),
+                who=self.author,
+                dry_run=dry_run,
+                say=say or (lambda _: None),
+            )
+
+    def du(
+        self,
+        by: str | Sequence[str] = ("branch", "component"),
+        rev: str | ObjectId | Commit = "HEAD",
+        n: int = 20,
+        *,
+        say: Callable[[str], None] | None = None,
+    ) -> usage.Usage:
+        """Who holds the bytes (docs/concepts: bytes).
+
+        Args:
+            by: one or several of 'branch', 'component', 'commit' and 'tensor'.
+            rev: where the view by commit begins; whose tensors the view by tensor shows.
+            n: how many commits, along first parents.
+            say: told now and then how far it is.
+        """
+        from ckptvcs.maintenance import usage
+
+        views = (by,) if isinstance(by, str) else tuple(by)
+        for view in views:
+            if view not in usage.VIEWS:
+                raise InvalidError(f"du cannot show {view!r:.40}", hint=f"choose {', '.join(usage.VIEWS)}")
+        one = self.resolve(rev) if {"commit", "tensor"} & set(views) else None
+        line = self.log(one, n, first_parent=True) if one is not None and "commit" in views else ()
+        return usage.usage(
+            self._store,
+            grace=settings.seconds_of(self.config.get("gc.grace")),
+            by=views,
+            commits=[commit.id for commit in line],
+            tensors_of=None if one is None else one.id,
+            say=say or (lambda _: None),
+        )
 
     def fsck(self, *, full: bool = False, rebuild: bool = False) -> fsck.Report:
         """Check the repository: refs, rows, packs and the ids of all objects; `full` hashes every byte.

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptvcs.cli import output
+from ckptvcs.history.notes import dropped_words
 
 if TYPE_CHECKING:
     from ckptvcs.history.commit import Commit, CommitReport
     from ckptvcs.history.deleted import Deleted
     from ckptvcs.history.diff import Diff
+    from ckptvcs.history.notes import Notes
     from ckptvcs.ids import ObjectId
     from ckptvcs.importing import ImportReport
     from ckptvcs.repo import Repo
@@ -67,7 +69,16 @@ def commit_shape(repo: Repo, commit: Commit, refs: Decorations) -> dict[str, Any
         "environment": commit.environment,
         "sizes": commit.sizes,
         "refs": list(refs.get(commit.id, [])),
+        "pinned": notes.pinned,
     }
+
+
+def kept_words(notes: Notes) -> list[str]:
+    """Whether a commit is pinned, and what retention took from it, as marks in a log."""
+    words = ["[pinned]"] if notes.pinned else []
+    if gone := dropped_words(notes.dropped):
+        words.append(f"[{output.clean(gone)}]")
+    return words
 
 
 def report_shape(report: CommitReport) -> dict[str, Any]:

@@ -417,10 +417,13 @@ def _sorted(folder: Mapping[str, object]) -> StoredFolder:
 
 
 def entries(
-    reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None
+    reader: ObjectReader,
+    tree: ObjectId,
+    only: str | Sequence[str] | None = None,
+    without: Sequence[str] = (),
 ) -> Iterator[FileEntry]:
-    """The files of a tree, without reading their content."""
-    for path, stored in trees.files(reader, tree, only).items():
+    """The files of a tree, without reading their content. Components in `without` are not looked at."""
+    for path, stored in trees.files(reader, tree, only, without).items():
         yield _entry_of(path, stored)
 
 

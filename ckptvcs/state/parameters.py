@@ -43,6 +43,11 @@ def parameter_names(root: Stored) -> dict[str, str]:
     return names
 
 
+def optimizers(root: Stored) -> list[str]:
+    """The paths of what torch's optimizers gave as their state."""
+    return [path for path, branch in _maps(root, "", _DEPTH) if {"state", "param_groups"} <= set(branch.keys)]
+
+
 def _maps(node: Stored, path: str, depth: int) -> Iterator[tuple[str, Branch]]:
     if not isinstance(node, Branch) or isinstance(node, Compound) or node.kind not in _MAPS:
         return

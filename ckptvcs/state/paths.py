@@ -171,6 +171,27 @@ class Selection:
 EVERYTHING: Final = Selection((), whole=True)
 
 
+class _AllBut(Selection):
+    """Everything below the top but what lies under some names."""
+
+    __slots__ = ("_names", "_raw")
+
+    def __init__(self, names: frozenset[str], raw: bool) -> None:
+        super().__init__(())
+        self._names = names
+        self._raw = raw
+
+    def step_named(self, component: str, key: object = None) -> Selection | None:
+        return None if (key if self._raw else component) in self._names else EVERYTHING
+
+
+def all_but(names: Iterable[str], *, files: bool = False) -> Selection:
+    """The selection of all that lies in none of these components; of everything without names. Components
+    of files are called like the files."""
+    left_out = frozenset(names)
+    return _AllBut(left_out, files) if left_out else EVERYTHING
+
+
 def exactly(components: Sequence[str]) -> Selection:
     """The selection of one path, whose components stand for themselves and not for patterns."""
     pattern = _Pattern("")

@@ -35,6 +35,7 @@ from ckptvcs.state.read import (
     StoredTensor,
     StoredTorch,
 )
+from ckptvcs.state.read import Content as StoredContent
 from ckptvcs.store.format import GRIDS, Grid
 from ckptvcs.store.hints import Hint
 
@@ -46,6 +47,7 @@ __all__ = [
     "LinkContent",
     "Parts",
     "Prepared",
+    "Reached",
     "StoredFile",
     "StoredLink",
     "Written",
@@ -56,6 +58,7 @@ __all__ = [
     "load",
     "parts",
     "prepare",
+    "reached",
     "read",
     "refuse_deep",
     "sizes",
@@ -225,6 +228,40 @@ def held(reader: ObjectReader, tree: ObjectId) -> dict[str, Held]:
     }
 
 
+class Reached(NamedTuple):
+    """What a tree holds outside of some components.
+
+    Attributes:
+        state: the stored nodes of the state; None if there is none.
+        contents: what lies outside of tree objects, by path, that of files behind `FILES`.
+    """
+
+    state: Stored | None
+    contents: list[tuple[str, StoredContent]]
+
+
+@refuse_deep
+def reached(reader: ObjectReader, tree: ObjectId, without: Sequence[str] = ()) -> Reached:
+    """Look at a tree, but not at what lies in the components `without`, which need not be stored. Reads no
+    chunk and no chunk list."""
+    loader = Loader(reader)
+    opened, found = loader.root(tree)
+    state: Stored | None = None
+    places: list[tuple[Place, Stored]] = []
+    for part, start in (("state", ""), ("files", FILES)):
+        if part in found:
+            selection = paths.all_but(without, files=part == "files")
+            node = loader.node(found[part], opened, selection)
+            _list_contents(start, node, places)
+            state = node if part == "state" else state
+    outside = [
+        (place.path, node.content)
+        for place, node in places
+        if isinstance(node, (StoredTensor, StoredBlob, StoredFile)) and node.content.inline is None
+    ]
+    return Reached(state, outside)
+
+
 def _list_contents(path: str, node: Stored, found: list[tuple[Place, Stored]]) -> None:
     if isinstance(node, StoredTensor):
         found.append((Place(path, node.spec.dtype, node.spec.shape), node))
@@ -251,14 +288,23 @@ def parts(reader: ObjectReader, tree: ObjectId) -> Parts:
 
 
 @refuse_deep
-def load(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None) -> Stored:
-    """The stored nodes of a state, without any content. NotFoundError if there is none, or no match."""
+def load(
+    reader: ObjectReader,
+    tree: ObjectId,
+    only: str | Sequence[str] | None = None,
+    without: Sequence[str] = (),
+) -> Stored:
+    """The stored nodes of a state, without any content. NotFoundError if there is none, or no match.
+
+    Components in `without` are not looked at, so that they need not be stored. Only where nothing is
+    selected by `only`.
+    """
     loader = Loader(reader)
     opened, found = loader.root(tree)
     if "state" not in found:
         raise NotFoundError("this commit holds files and no state", hint="check out its files instead")
     patterns = paths.Patterns(only)
-    selection = patterns.start()
+    selection = paths.all_but(without) if only is None else patterns.start()
     stored = loader.node(found["state"], opened, selection)
     # Only a miss pays for reading the names of everything.
     if not patterns.complete:
@@ -309,16 +355,21 @@ def read(
 
 @refuse_deep
 def files(
-    reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None
+    reader: ObjectReader,
+    tree: ObjectId,
+    only: str | Sequence[str] | None = None,
+    without: Sequence[str] = (),
 ) -> dict[str, StoredFile | StoredLink]:
-    """The files of a tree by path, without their content; {} if it has none."""
+    """The files of a tree by path, without their content; {} if it has none. Without `only`, components in
+    `without` are not looked at."""
     loader = Loader(reader)
     opened, found = loader.root(tree)
     if "files" not in found:
         return {}
     patterns = paths.Patterns(only)
     result: dict[str, StoredFile | StoredLink] = {}
-    stored = loader.node(found["files"], opened, patterns.start())
+    selection = paths.all_but(without, files=True) if only is None else patterns.start()
+    stored = loader.node(found["files"], opened, selection)
     _list_files("", stored, result)
     if not patterns.complete:
         everything: dict[str, StoredFile | StoredLink] = {}
@@ -364,11 +415,17 @@ class Entry:
     parameter: str = ""
 
 
-def entries(reader: ObjectReader, tree: ObjectId, only: str | Sequence[str] | None = None) -> Iterator[Entry]:
-    """The leaves of a state in order, without reading chunks; nothing if the tree has no state."""
+def entries(
+    reader: ObjectReader,
+    tree: ObjectId,
+    only: str | Sequence[str] | None = None,
+    without: Sequence[str] = (),
+) -> Iterator[Entry]:
+    """The leaves of a state in order, without reading chunks; nothing if the tree has no state. Components
+    in `without` are not looked at."""
     if parts(reader, tree).state:
-        stored = load(reader, tree, only)
-        names = parameter_names(stored if only is None else load(reader, tree))
+        stored = load(reader, tree, only, without)
+        names = parameter_names(stored if only is None else load(reader, tree, without=without))
         for entry in _entries("", stored):
             name = above(entry.path, names)
             yield dataclasses.replace(entry, parameter=name) if name else entry

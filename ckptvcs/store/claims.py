@@ -147,6 +147,22 @@ def refusal(ref: str, who: str) -> LockedError:
     )
 
 
+def restored(disk: Disk, layout: Layout) -> set[ObjectId]:
+    """The commits whose states living claimants restored before they claimed."""
+    found = set()
+    for name in disk.names(layout.leases):
+        path = layout.leases / name
+        origin = _content(disk, path).get("origin") if name.startswith("claim-") else None
+        if isinstance(origin, str):
+            with contextlib.suppress(ValueError):
+                id = ObjectId.parse(origin)
+                try:
+                    disk.lock(path).release()
+                except LockedError:
+                    found.add(id)
+    return found
+
+
 def _shown(ref: str) -> str:
     return ref.removeprefix("refs/heads/")
 

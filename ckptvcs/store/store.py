@@ -369,6 +369,10 @@ class Store:
         if who is not None:
             raise claims.refusal(ref, who)
 
+    def restored_by_claimants(self) -> set[ObjectId]:
+        """The commits whose states living claimants restored before they claimed."""
+        return claims.restored(self.disk, self.layout)
+
     def standing_claim(self, ref: str, token: str) -> Claim:
         """A claim that another process took, to be checked and no more."""
         return claims.standing(self.disk, self.layout, ref, token)
@@ -429,9 +433,16 @@ class Store:
     # -- roots -----------------------------------------------------------------------------------
 
     def update(
-        self, operations: Sequence[Operation], *, who: str, why: str, info: dict[str, Any] | None = None
+        self,
+        operations: Sequence[Operation],
+        *,
+        who: str,
+        why: str,
+        info: dict[str, Any] | None = None,
+        provided: Callable[[Snapshot], bool] | None = None,
     ) -> LogEntry | None:
-        """Change refs and annotations, all in one transaction; None if a ref was not at its `old`.
+        """Change refs and annotations, all in one transaction; None if a ref was not at its `old`, or if
+        `provided`, asked inside the transaction, does not hold.
 
         A ref may only be moved to a commit whose row is present, which vouches for all below it.
         Durable on return.
@@ -441,6 +452,8 @@ class Store:
             # What leaves the log table must be in the journal already, or it could never get there.
             self.catch_up_journal(must=True)
         with self.index.change() as change:
+            if provided is not None and not provided(change):
+                return None
             for op in operations:
                 if isinstance(op, Move):
                     if change.ref(op.name) != op.old:

@@ -14,10 +14,11 @@ from typing import Any, Final, Self
 from ckptvcs.background import exit_in_failure
 from ckptvcs.errors import CkptError, InvalidError, LockedError, NotFoundError, StorageError
 from ckptvcs.history.commit import Commit, checked_epoch, checked_step, in_bytes, plain_metrics
+from ckptvcs.maintenance import retention
+from ckptvcs.maintenance.points import Point
 from ckptvcs.repo import Repo
 from ckptvcs.store import Claim
 from ckptvcs.training import preemption as preemptions
-from ckptvcs.training import retention
 from ckptvcs.training.interval import Planner, Schedule, in_time, schedule_of, seconds_between
 from ckptvcs.training.monitor import Monitor
 from ckptvcs.training.preemption import Preemption, Signals
@@ -86,8 +87,9 @@ class Autosave:
             save_best: save at each step whose metrics have a new best of `monitor`.
             patience: stop after so many values of `monitor` in a row that are not better.
             min_delta: for `patience`, by more than how much a value must be better.
-            keep_last, keep_best: how many commits retention is to keep. Recorded in each commit; nothing is
-                deleted yet.
+            keep_last, keep_best: of how many newest and best commits of the branch the content is kept.
+                Whatever else retention does not protect (`Repo.retain`) is dropped after each save, in the
+                background. Without them the config's policy for the branch holds; without one, all is kept.
             on_error: 'raise', or 'warn' to train on when the disk is full or refuses, or the process that
                 writes was killed, and try again.
             config: hyperparameters, recorded in each commit.
@@ -119,6 +121,7 @@ class Autosave:
         self.should_stop = False
         """True once training is to end: patience ran out, or a signal came and was handed on."""
         self._monitor: Monitor | None = None
+        self._policy: retention.Policy | None = None
         self._metric = monitor
         self._save_best = save_best
         self._warn = on_error == "warn"
@@ -160,7 +163,9 @@ class Autosave:
         self._process = self._disk.process()
         if self._writes:
             self._repo = repo
-            self._saver = Saver(repo, state, config=config, message=message, blocking=blocking)
+            self._policy = self._chosen_policy()
+            retain = None if self._policy is None else self._policy.plain()
+            self._saver = Saver(repo, state, config=config, message=message, blocking=blocking, retain=retain)
             self._resume()
             self._announce()
         self._left = self._saved_at = self._disk.seconds()
@@ -199,6 +204,15 @@ class Autosave:
         self._uses = held  # the caller's own, from before the state was restored, stays theirs
         _in_use.add(held)
 
+    def _chosen_policy(self) -> retention.Policy | None:
+        """What is to be kept of the branch: as given, else as the config says."""
+        rules: dict[str, Any] = {name: count for name, count in self._keep.items() if count is not None}
+        if "keep_best" in rules and self._monitor is not None:
+            rules |= {"metric": self._monitor.metric, "mode": self._monitor.mode}
+        if not rules:
+            rules = self._repo.config.retention(self._repo.branch_name or "", retention.is_for)
+        return retention.Policy.of(rules) if rules else None
+
     def _resume(self) -> None:
         """Go on from what the restored commit and those before it say."""
         origin = self._repo.origin
@@ -233,12 +247,8 @@ class Autosave:
         when = "as often as pays off" if self._schedule is None else f"every {self._schedule}"
         best = f" and at each best {self._metric}" if self._metric and self._save_best else ""
         _log.info("autosaving to the branch %s %s%s", self._repo.branch_name, when, best)
-        wishes = {name: count for name, count in self._keep.items() if count is not None}
-        if wishes:
-            _log.warning(
-                "%s: recorded in each commit for retention; nothing is deleted by this version",
-                ", ".join(f"{name}={count}" for name, count in wishes.items()),
-            )
+        if self._policy is not None:
+            _log.info("retention on %s keeps %s", self._repo.branch_name, self._policy)
 
     # -- what is known -----------------------------------------------------------------------------
 
@@ -253,20 +263,23 @@ class Autosave:
         return self._best
 
     def kept(self) -> list[Commit]:
-        """The commits on this line that `keep_last` and `keep_best` keep, newest first; all without them.
-
-        A commit without a value of `monitor` is kept while `keep_best` is given, since that cannot judge it.
-        Tags, other branches and commits they need are not looked at: that is for retention.
+        """The commits on this line whose content `keep_last` and `keep_best` keep, newest first; all without
+        them. What is kept for another reason (`Repo.retain`) is not among them.
         """
         if self._last is None:
             return []
         line = list(self._repo.log(self._last, first_parent=True))
+        gone = {commit.id for commit in line if self._repo.dropped(commit) == ()}
+        policy = self._policy
+        if policy is None:
+            return [commit for commit in line if commit.id not in gone]
         score = None
-        if self._monitor is not None:
-            score = retention.score_by(self._monitor.metric, self._monitor.mode, self._repo.metrics)
-        last, best = self._keep["keep_last"], self._keep["keep_best"]
-        chosen = retention.kept(line, last=last, best=best, score=score)
-        return [commit for commit in line if commit.id in chosen]
+        if policy.metric is not None:
+            values = {commit.id: self._repo.metrics(commit) for commit in line}
+            mode = policy.mode or self._repo.metric_mode(policy.metric)
+            score = retention.score_by(policy.metric, mode, values.__getitem__)
+        chosen = retention.keeps([Point.of(commit) for commit in line], policy, score, gone)
+        return [commit for commit in line if commit.id in chosen and commit.id not in gone]
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -404,7 +417,7 @@ class Autosave:
 
     # -- saving ------------------------------------------------------------------------------------
 
-    def _save(self, wanted: Wanted, why: str) -> None:
+    def _save(self, wanted: Wanted, why: str, *, hurried: bool = False) -> None:
         """Begin a save. None is under way."""
         self._saved_step = wanted.step
         if not self._writes:
@@ -416,7 +429,8 @@ class Autosave:
         best = value is not None and self._monitor is not None and self._monitor.saving(value)
         with self._ranks.looking():
             self._saver.begin(
-                Wanted(wanted.step, why, wanted.epoch, metrics, value, best, self._waited), self._record(why)
+                Wanted(wanted.step, why, wanted.epoch, metrics, value, best, self._waited, hurried),
+                self._record(why),
             )
         self._waited = 0.0
         self._saved_at, self._work = self._disk.seconds(), 0.0
@@ -479,7 +493,7 @@ class Autosave:
                     self._wait()
             unsaved = self._writes and self._saved_step != wanted.step
             if self._ranks.agree(Flags(save=int(unsaved))).save:
-                self._save(wanted, which.name)
+                self._save(wanted, which.name, hurried=True)
             if self._writes:
                 self._wait()
         except Exception as error:  # noqa: BLE001 - raised below, when no rank waits any more

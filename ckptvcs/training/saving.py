@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ckptvcs.errors import CkptError
 from ckptvcs.history.commit import Commit
 from ckptvcs.repo import Repo
+
+_log = logging.getLogger("ckptvcs")
 
 
 class Pending(Protocol):
@@ -39,6 +43,7 @@ class Wanted:
         value: of the monitored metric; None if it was not given.
         best: whether that is better than all that were saved before.
         waited: seconds for which the save before held it up.
+        hurried: somebody waits for it to become durable, so retention does not come before or behind it.
     """
 
     step: int
@@ -48,6 +53,7 @@ class Wanted:
     value: float | None = None
     best: bool = False
     waited: float = 0.0
+    hurried: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,18 @@ class _Over:
 class Saver:
     """Saves one state through one handle, at most one save at a time."""
 
-    def __init__(self, repo: Repo, state: Any, *, config: Any, message: str, blocking: bool) -> None:
+    def __init__(
+        self,
+        repo: Repo,
+        state: Any,
+        *,
+        config: Any,
+        message: str,
+        blocking: bool,
+        retain: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`retain` is applied to the branch after each save, in the background like the save."""
+        self._retain = retain
         self._repo = repo
         self._state = state
         self._config = config
@@ -118,11 +135,23 @@ class Saver:
         try:
             if self._blocking:
                 pending = _Over(self._repo.commit(self._state, **arguments))
+                if not wanted.hurried:
+                    self._drop()
             else:
-                pending = self._repo.commit_async(self._state, **arguments, quiet=True)
+                retain = None if wanted.hurried else self._retain
+                pending = self._repo.commit_async(self._state, **arguments, quiet=True, retain=retain)
         except Exception as error:  # noqa: BLE001 - raised when the outcome is taken out
             pending = _Over(error)
         self._under_way = wanted, pending, self._repo.disk.seconds() - began
+
+    def _drop(self) -> None:
+        """Apply retention here and now. The save is durable, whatever comes of this."""
+        if self._retain is None:
+            return
+        try:
+            self._repo.retain(self._repo.branch_name, **self._retain)
+        except CkptError as error:
+            _log.warning("retention on %s failed: %s", self._repo.branch_name, error)
 
     def finished(self, *, wait: bool) -> Saved | None:
         """The save that is over since the last call, if there is one; `wait` for the one under way."""

@@ -19,8 +19,8 @@ import pytest
 
 from ckptvcs import (
     CkptError,
-    Commit,
     ConflictError,
+    CorruptionError,
     InvalidError,
     LineageError,
     LockedError,
@@ -30,7 +30,6 @@ from ckptvcs import (
 )
 from ckptvcs.testing.faults import FailingDisk
 from ckptvcs.training import Autosave
-from ckptvcs.training.retention import kept
 
 
 class Clock(FailingDisk):
@@ -997,24 +996,59 @@ def test_other_threads_have_no_signals(place: Path, clock: Clock, caplog: pytest
 # -- retention ------------------------------------------------------------------------------------
 
 
-def test_wishes_for_retention_are_said_and_recorded(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("blocking", [True, False])
+def test_what_is_to_be_kept_is_kept_and_the_rest_goes(
+    repo: Repo, caplog: pytest.LogCaptureFixture, blocking: bool
+) -> None:
+    caplog.set_level(logging.INFO, "ckptvcs")
     state = new_state()
-    with Autosave(repo, state, every=2, monitor="loss", keep_last=2, keep_best=1, blocking=True) as save:
-        (said,) = [line for line in lines(caplog) if "retention" in line]
-        assert said == (
-            "keep_last=2, keep_best=1: recorded in each commit for retention; "
-            "nothing is deleted by this version"
-        )
+    with Autosave(repo, state, every=2, monitor="loss", keep_last=2, keep_best=1, blocking=blocking) as save:
+        assert "retention on main keeps the last 2, the best 1 by loss" in lines(caplog)
         for value in (0.5, 0.1, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9):
             save.step(train(state), {"loss": value})
+        save.wait()
         assert [commit.step for commit in save.kept()] == [8, 6, 2]
-    assert steps(repo) == [1, 2, 4, 6, 8]  # nothing is gone
-    assert repo.resolve().environment["autosave"] == {
-        "why": "every 2 steps",
-        "keep_last": 2,
-        "keep_best": 1,
-        "monitor": {"metric": "loss", "mode": "min", "mark": 0.1, "stale": 6},
-    }
+    repo.close()
+    with Repo.open(repo.path) as again:
+        assert steps(again) == [1, 2, 4, 6, 8]
+        assert [again.dropped(commit) for commit in again.log()] == [None, None, (), None, ()]
+        assert again.resolve().environment["autosave"] == {
+            "why": "every 2 steps",
+            "keep_last": 2,
+            "keep_best": 1,
+            "monitor": {"metric": "loss", "mode": "min", "mark": 0.1, "stale": 6},
+        }
+        assert again.du("branch").pending == 0
+        assert again.fsck(full=True).ok
+
+
+def test_a_policy_of_the_config_holds_for_autosave(repo: Repo) -> None:
+    repo.configure("retention.branch.main.keep_last", "1")
+    other = repo.on("other")
+    other.commit({"w": 1})
+    other.commit({"w": 2})
+    state = new_state()
+    with Autosave(repo, state, every=1, blocking=True) as save:
+        for _ in range(3):
+            save.step(train(state))
+        assert [commit.step for commit in save.kept()] == [3]
+    assert [repo.dropped(commit) for commit in repo.log()] == [None, (), ()]
+    assert [repo.dropped(commit) for commit in repo.log("other")] == [None, None]
+
+
+def test_a_failing_retention_is_told_and_saving_goes_on(
+    repo: Repo, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise CorruptionError("a pack is missing")
+
+    monkeypatch.setattr(Repo, "retain", fail)
+    state = new_state()
+    with Autosave(repo, state, every=1, keep_last=1, blocking=True) as save:
+        for _ in range(2):
+            save.step(train(state))
+    assert steps(repo) == [1, 2]
+    assert lines(caplog).count("retention on main failed: a pack is missing") == 2
 
 
 def test_without_a_policy_all_are_kept(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
@@ -1025,30 +1059,6 @@ def test_without_a_policy_all_are_kept(repo: Repo, caplog: pytest.LogCaptureFixt
             save.step(train(state))
         assert [commit.step for commit in save.kept()] == [3, 2, 1]
     assert not any("retention" in line for line in lines(caplog))
-
-
-def test_what_a_policy_keeps(repo: Repo) -> None:
-    """Order comes from parents: steps go down and times are all the same here."""
-    made: list[Commit] = []
-    for step, loss in [(9, 0.3), (8, math.nan), (7, 0.1), (6, None), (5, 0.1), (4, 0.2)]:
-        metrics = {} if loss is None else {"loss": loss}
-        made.append(repo.commit({"w": np.full(3, step)}, step=step, metrics=metrics))
-    line = made[::-1]
-
-    def score(commit: Commit) -> float | None:
-        return commit.metrics.get("loss")
-
-    def steps_of(**policy: Any) -> list[int | None]:
-        found = kept(line, **policy)
-        return [commit.step for commit in line if commit.id in found]
-
-    assert steps_of() == [4, 5, 6, 7, 8, 9]
-    assert steps_of(last=1) == [4]
-    assert steps_of(last=50) == [4, 5, 6, 7, 8, 9]
-    assert steps_of(best=1, score=score) == [6, 7, 8]  # of equals the oldest, and what cannot be judged
-    assert steps_of(best=2, score=score) == [5, 6, 7, 8]
-    assert steps_of(last=1, best=1, score=score) == [4, 6, 7, 8]
-    assert kept([], last=1) == set()
 
 
 # -- what is recorded -------------------------------------------------------------------------------

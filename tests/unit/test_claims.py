@@ -35,7 +35,13 @@ def test_a_claim_is_held_by_one(folder: Path, repo: Repo, other: Repo) -> None:
     assert claim.held
     said = json.loads(file_of(folder, "main").read_text())
     assert said.pop("token") == claim.token
-    assert said == {"process": os.getpid(), "host": os.uname().nodename, "job": None, "author": repo.author}
+    assert said == {
+        "process": os.getpid(),
+        "host": os.uname().nodename,
+        "job": None,
+        "author": repo.author,
+        "origin": None,
+    }
     shown = rf"main is claimed by this process on .* \({repo.author}\)\n"
     with pytest.raises(LockedError, match=shown) as caught:
         other.claim()

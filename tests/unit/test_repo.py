@@ -412,11 +412,11 @@ def test_a_tip_that_moves_during_restore_is_a_conflict_and_not_a_false_parent(
         second = repo.commit(small(2))
         plain = Repo._reading
 
-        def meanwhile(self: Repo, commit: Commit) -> Any:
+        def meanwhile(self: Repo, commit: Commit, *only: Any) -> Any:
             if self is job:
                 monkeypatch.undo()
                 repo.commit(small(3))
-            return plain(self, commit)
+            return plain(self, commit, *only)
 
         monkeypatch.setattr(Repo, "_reading", meanwhile)
         restored = job.restore(small(0), rev)

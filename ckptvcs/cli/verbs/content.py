@@ -53,6 +53,7 @@ def ls(revision: str, patterns: tuple[str, ...], long: bool, as_json: bool) -> N
     with _opened_to_list(revision) as repo:
         commit = _commit_to_list(repo, revision)
         entries, files = _content(repo, commit, patterns)
+        dropped = repo.dropped(commit)
     total = {
         "tensors": sum(entry.dtype is not None for entry in entries),
         "values": sum(entry.dtype is None for entry in entries),
@@ -66,6 +67,7 @@ def ls(revision: str, patterns: tuple[str, ...], long: bool, as_json: bool) -> N
                 "entries": [shapes.entry_shape(entry) for entry in entries],
                 "files": [shapes.file_shape(entry) for entry in files],
                 "total": total,
+                "dropped": None if dropped is None else list(dropped),
             }
         )
         return
@@ -81,6 +83,8 @@ def ls(revision: str, patterns: tuple[str, ...], long: bool, as_json: bool) -> N
         output.table([_file_row(entry, size, long) for entry in files], right=(1,))
     counts = [output.counted(count, noun[:-1]) for noun, count in total.items() if noun != "bytes" and count]
     output.line(f"{', '.join(counts) or 'nothing'}, {size(total['bytes'])}{' bytes' if long else ''}")
+    if dropped and not patterns:
+        output.note(f"retention took {', '.join(dropped)} from this commit")
 
 
 def _list_file(path: Path, patterns: Sequence[str], long: bool, as_json: bool) -> None:

@@ -157,7 +157,6 @@ class _Texts:
         return [" ".join(words), *(f"  {line}" for line in output.wrapped(told, width - 2))]
 
     def _numbers(self, commit: Commit) -> list[str]:
-        from ckptvcs.history.notes import dropped_words
 
         notes = self._repo.notes(commit)
         words = []
@@ -168,9 +167,7 @@ class _Texts:
         words += [f"{output.clean(name)}={output.number(value)}" for name, value in notes.metrics.items()]
         if commit.fresh_start:
             words.append("[fresh start]")
-        if gone := dropped_words(notes.dropped):
-            words.append(f"[{output.clean(gone)}]")
-        return words
+        return words + shapes.kept_words(notes)
 
 
 # ---- show ---------------------------------------------------------------------------------------
@@ -368,6 +365,8 @@ def _print_commit(repo: Repo, commit: Commit, refs: shapes.Decorations) -> None:
     notes = repo.notes(commit)
     if gone := dropped_words(notes.dropped):
         rows.append(("payload", output.clean(gone)))
+        if (near := repo.nearest_with(commit)) is not None:
+            rows.append(("nearest", f"{near.id.short} has all of its content"))
     if notes.pinned:
         rows.append(("pinned", "yes"))
     if commit.step is not None:
