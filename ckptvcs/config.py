@@ -7,6 +7,7 @@ may know them); a known key with an impossible value is an error that names it.
     compression = "balanced"   fast, balanced or small
     environment = true         record library versions, code revision, host and command line
     gc.grace = "24h"           how long gc keeps what nothing refers to any more
+    repack.older-than = "30d"  gc copies what lives in packs whose files are older; unset: never
     metric.NAME.mode = "min"   whether small or large values of NAME are better
 """
 
@@ -120,12 +121,13 @@ class Config:
         return text_now
 
 
-KNOWN: Final = ("author", "compression", "environment", "gc.grace", "metric.NAME.mode")
+KNOWN: Final = ("author", "compression", "environment", "gc.grace", "repack.older-than", "metric.NAME.mode")
 _DEFAULTS: Final[dict[str, Any]] = {
     "author": None,
     "compression": "balanced",
     "environment": True,
     "gc.grace": "24h",
+    "repack.older-than": None,
 }
 
 
@@ -150,7 +152,7 @@ def checked(key: str, value: Any, where: str) -> Any:
         return value
     if key == "environment" and isinstance(value, bool):
         return value
-    if key == "gc.grace":
+    if key in ("gc.grace", "repack.older-than"):
         with contextlib.suppress(InvalidError):
             seconds_of(value)
             return value
@@ -161,6 +163,7 @@ def checked(key: str, value: Any, where: str) -> Any:
         "compression": ", ".join(COMPRESSION_LEVELS),
         "environment": "true or false",
         "gc.grace": "a duration, as in 0, 30m, 24h or 7d",
+        "repack.older-than": "a duration, as in 30d",
     }.get(key, " or ".join(_MODES))
     place = "" if where == key else f"{where}: "
     raise InvalidError(f"{place}{key} cannot be {_shown(value)}", hint=f"choose {choices}")

@@ -35,6 +35,7 @@ VERBS = {
     "status": "content",
     "reflog": "history",
     "gc": "upkeep",
+    "repack": "upkeep",
     "fsck": "upkeep",
     "config": "upkeep",
     "completion": "shell",

@@ -450,8 +450,10 @@ class Writer:
         """
         if below > MAX_DEPTH:
             return False
-        if chain_depth(change, id, self._broken) is not None:
-            return True
+        there = chain_depth(change, id, self._broken)
+        if there is not None:
+            # What it is a difference against may have been rewritten since, with a longer chain of its own.
+            return there + below <= MAX_DEPTH
         made = self._made.get(id)
         if made is None:
             return False

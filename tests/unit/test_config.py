@@ -82,6 +82,7 @@ def test_defaults() -> None:
         "compression": "balanced",
         "environment": True,
         "gc.grace": "24h",
+        "repack.older-than": None,
     }
 
 
