@@ -9,6 +9,7 @@ may know them); a known key with an impossible value is an error that names it.
     index.network = false      use the index on a network file system; one host alone may then
     ingest = "auto"            take bundles up when the repository is opened, or "manual": by `ckpt ingest`
     gc.grace = "24h"           how long gc keeps what nothing refers to any more
+    repack.older-than = "30d"  gc copies what lives in packs whose files are older; unset: never
     metric.NAME.mode = "min"   whether small or large values of NAME are better
     retention.RULE             what `ckpt retain` and Autosave keep (docs/concepts: retention)
     retention.branch.PATTERN.RULE   the same for branches that match; the first pattern in the file counts
@@ -159,6 +160,7 @@ KNOWN: Final = (
     "gc.grace",
     "index.network",
     "ingest",
+    "repack.older-than",
     "metric.NAME.mode",
     "retention.RULE",
     "retention.branch.PATTERN.RULE",
@@ -170,6 +172,7 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "gc.grace": "24h",
     "index.network": False,
     "ingest": "auto",
+    "repack.older-than": None,
 }
 
 
@@ -201,7 +204,7 @@ def checked(key: str, value: Any, where: str) -> Any:
         return value
     if key == "ingest" and value in _INGEST:
         return value
-    if key == "gc.grace":
+    if key in ("gc.grace", "repack.older-than"):
         with contextlib.suppress(InvalidError):
             seconds_of(value)
             return value
@@ -216,6 +219,7 @@ def checked(key: str, value: Any, where: str) -> Any:
         "index.network": "true or false",
         "ingest": " or ".join(_INGEST),
         "gc.grace": "a duration, as in 0, 30m, 24h or 7d",
+        "repack.older-than": "a duration, as in 30d",
     }.get(key, " or ".join(_MODES))
     place = "" if where == key else f"{where}: "
     raise InvalidError(f"{place}{key} cannot be {_shown(value)}", hint=f"choose {choices}")

@@ -389,6 +389,12 @@ class Disk:
         with translated("look at", path):
             return os.stat(path).st_size
 
+    def changed_ns(self, path: Path) -> int:
+        """When the file's bytes last changed, as the file system says: nanoseconds since 1970, UTC.
+        FileNotFoundError if it is not there."""
+        with translated("look at", path):
+            return os.stat(path).st_mtime_ns
+
     def names(self, folder: Path) -> list[str]:
         """Sorted names in a folder; none if the folder does not exist."""
         with translated("list", folder):
@@ -519,6 +525,11 @@ class Disk:
         """Rename, replacing `new`. Not durable before `sync_dir`."""
         with translated("rename", old):
             os.rename(old, new)
+
+    def touch(self, path: Path) -> None:
+        """Give a file the present time, as if it had just been read and changed."""
+        with translated("touch", path):
+            os.utime(path)
 
     def protect(self, path: Path) -> None:
         """Make a finished file read-only for everybody."""

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from ckptvcs.background import PendingCommit
     from ckptvcs.history.deleted import Deleted
     from ckptvcs.history.diff import Diff
-    from ckptvcs.maintenance import fsck, gc, retaining, usage
+    from ckptvcs.maintenance import fsck, gc, repack, retaining, usage
     from ckptvcs.maintenance import ingest as ingesting
     from ckptvcs.maintenance.reach import Reach
     from ckptvcs.runs import Run
@@ -1373,7 +1373,39 @@ class Repo:
         if not dry_run:
             self._open().take_up(_log.warning)
         with self._store.operation():
-            return gc.collect(self._store, grace=seconds, dry_run=dry_run, who=self.author)
+            report = gc.collect(self._store, grace=seconds, dry_run=dry_run, who=self.author)
+        older_than = self.config.get("repack.older-than")
+        if older_than is not None and not dry_run:
+            self.repack(older_than=older_than)
+        return report
+
+    def repack(
+        self,
+        *,
+        older_than: float | datetime.timedelta | str | None = None,
+        dry_run: bool = False,
+        smallest: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> repack.Report:
+        """Rewrite what is stored so that the newest commits read fastest and packs are few. What would make
+        the repository larger, or slower to read, is left alone. Safe beside writers and readers; may be
+        interrupted at any time.
+
+        Args:
+            older_than: only copy what lives in packs whose files are older than this ('30d') into new ones,
+                so that a purge of old files does not take them.
+            dry_run: really encode, but write nothing.
+            smallest: let commits that are no tips take longer to read, if that saves bytes.
+            say: told what is being done, for people who wait.
+        """
+        from ckptvcs.maintenance import repack
+
+        quiet = say or (lambda _: None)
+        with self._store.operation():
+            if older_than is None:
+                return repack.repack(self._store, dry_run=dry_run, smallest=smallest, say=quiet)
+            seconds = settings.seconds_of(older_than)
+            return repack.renew(self._store, seconds, dry_run=dry_run, say=quiet)
 
     def ingest(self, *, retry: bool = False) -> ingesting.Report:
         """Take up the bundles that handles without the index left in `incoming/`: check all their bytes, and

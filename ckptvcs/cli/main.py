@@ -45,6 +45,7 @@ VERBS = {
     "unpin": "keeping",
     "gc": "upkeep",
     "ingest": "upkeep",
+    "repack": "upkeep",
     "fsck": "upkeep",
     "config": "upkeep",
     "completion": "shell",

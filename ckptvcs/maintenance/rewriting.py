@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Final, NamedTuple, Self
 
 from ckptvcs.errors import CorruptionError
@@ -68,7 +68,7 @@ class Rewriter:
         self._reader = store.reader()
         self._packs: OrderedDict[PackName, PackFile] = OrderedDict()
         self._writer: PackWriter | None = None
-        self._moves: list[_Move] = []
+        self._moves: list[list[_Move]] = []
         self._chooser: Any = None
         self._own: set[PackName] = set()
         with store.snapshot() as snapshot:
@@ -102,13 +102,23 @@ class Rewriter:
             )
         self._append(id, row, Frame(header, pack.payload(header, row.offset)), 0)
 
-    def encoded(self, id: ObjectId, row: Row, base: ObjectId | None = None, numbers: str = "") -> Encoded:
+    def encoded(
+        self,
+        id: ObjectId,
+        row: Row,
+        base: ObjectId | None = None,
+        numbers: str = "",
+        *,
+        however_deep: bool = False,
+    ) -> Encoded:
         """A chunk encoded anew: plain, or as a difference against `base` if that is smaller. Writes nothing.
 
         Args:
             id, row: the chunk and its row.
             base: a stored chunk of the same length; None for a frame that needs no other.
             numbers: the name of its dtype, if it is known.
+            however_deep: the base's own chain will be another one when it counts (`take_together`); else a
+                base at full depth is replaced by one further down.
 
         The same chunk, base and level give the same bytes. CorruptionError or NotFoundError if the chunk or
         the base cannot be read.
@@ -118,7 +128,9 @@ class Rewriter:
         hint = Hint(None, numbers or _NUMBERS.get(row.element_size, ""))
         frame: Frame = chooser.frame(id, memoryview(raw), row.element_size, hint, None)
         if base is not None:
-            other: Frame = chooser.frame(id, memoryview(raw), row.element_size, hint, base)
+            other: Frame = chooser.frame(
+                id, memoryview(raw), row.element_size, hint, base, however_deep=however_deep
+            )
             if other.header.base is not None and _cost(other) < _cost(frame):
                 frame = other
         self._verify(frame, raw)
@@ -131,6 +143,15 @@ class Rewriter:
         this rewriter was made. They must stay within `MAX_DEPTH` if the chunk's own chain grows.
         """
         self._append(id, row, found.frame, above)
+
+    def take_together(self, chunks: Sequence[tuple[ObjectId, Row, Encoded]]) -> None:
+        """Take over chunks of which each may be a difference against any other.
+
+        All their rows are pointed anew, or none of them. With them must come every chunk whose chain of
+        bases led through one of them after this rewriter was made.
+        """
+        moves = [self._written(id, row, found.frame, 0) for id, row, found in chunks]
+        self._moves.append(moves)
 
     def publish(self) -> int:
         """Seal the pack, and point the rows at it in one transaction. Durable on return.
@@ -153,10 +174,15 @@ class Rewriter:
         with store.index.change() as change:
             store.lease.check()
             change.bump_gc_seq()
-            change.put_pack(writer.name, PackInfo(size, len(moves)))
+            change.put_pack(writer.name, PackInfo(size, len(writer.entries)))
             self._own.add(writer.name)
             used = functools.cache(lambda: self._bases_since(change))
-            return sum([_point(change, move, writer.name, used) for move in moves])
+            return sum(
+                _point(change, group[0], writer.name, used)
+                if len(group) == 1
+                else _point_together(change, group, writer.name, used)
+                for group in moves
+            )
 
     # -- how -------------------------------------------------------------------------------------
 
@@ -169,10 +195,13 @@ class Rewriter:
         return found
 
     def _append(self, id: ObjectId, row: Row, frame: Frame, above: int) -> None:
+        self._moves.append([self._written(id, row, frame, above)])
+
+    def _written(self, id: ObjectId, row: Row, frame: Frame, above: int) -> _Move:
         if self._writer is None:
             self._writer = PackWriter(self._store.disk, self._store.layout, self._store.lease.next_pack())
-        self._moves.append(_Move(id, row, self._writer.append(frame), above))
         self.added += _cost(frame)
+        return _Move(id, row, self._writer.append(frame), above)
 
     def _abandon(self) -> None:
         writer, self._writer = self._writer, None
@@ -246,6 +275,44 @@ def _point(change: Change, move: _Move, pack: PackName, used: Callable[[], Set[O
             return False
     change.put_row(move.id, Row.of(move.entry, pack, depth)._replace(damaged=current.damaged))
     return True
+
+
+def _point_together(
+    change: Change, moves: Sequence[_Move], pack: PackName, used: Callable[[], Set[ObjectId]]
+) -> int:
+    """Point the rows of a group at their new records, if each of them still is where it was seen, and all of
+    their chains of bases will do; the number of rows."""
+    anew = {move.id: move.entry.base for move in moves}
+    depths: list[int] = []
+    for move in moves:
+        current = change.live(move.id)
+        if current is None or (current.pack, current.offset) != (move.old.pack, move.old.offset):
+            return 0
+        depth = _depth_with(change, move.id, anew)
+        before = chain_depth(change, move.id, frozenset())
+        if depth is None or before is None or (depth > before and move.id in used()):
+            return 0
+        depths.append(depth)
+    for move, depth in zip(moves, depths, strict=True):
+        change.put_row(move.id, Row.of(move.entry, pack, depth))
+    return len(moves)
+
+
+def _depth_with(change: Change, id: ObjectId, anew: Mapping[ObjectId, ObjectId | None]) -> int | None:
+    """Frames below a chunk if some chunks had other bases; None if its chain would not end in time."""
+    current = id
+    for depth in range(MAX_DEPTH + 1):
+        if current in anew:
+            base = anew[current]
+        else:
+            row = change.live(current)
+            if row is None:
+                return None
+            base = row.base
+        if base is None:
+            return depth
+        current = base
+    return None
 
 
 def _leads_to(change: Change, id: ObjectId, goal: ObjectId) -> bool:

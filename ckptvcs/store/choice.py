@@ -159,14 +159,21 @@ class Chooser:
         self._reader = reader
 
     def frame(
-        self, id: ObjectId, raw: memoryview, element_size: int, hint: Hint, base: ObjectId | None
+        self,
+        id: ObjectId,
+        raw: memoryview,
+        element_size: int,
+        hint: Hint,
+        base: ObjectId | None,
+        *,
+        however_deep: bool = False,
     ) -> Frame:
         """The frame of a chunk. `base` is a stored chunk that it may differ little from.
 
-        `raw` is not kept.
+        `raw` is not kept. With `however_deep` the base is taken whatever its own chain is.
         """
         worth_a_base = self._level.depth and len(raw) >= (_SMALL if self._level.thorough else _LITTLE)
-        found = self._base(base, len(raw)) if base is not None and worth_a_base else None
+        found = self._base(base, len(raw), however_deep) if base is not None and worth_a_base else None
         chunk = _Chunk(raw, hint, self._reader, found)
         way, payload = self._encoded(chunk, self._plain_ways(len(raw), element_size, hint.numbers))
         if way.codec == DIFFERENCE and chunk.base is not None and chunk.base.sibling is not None:
@@ -255,13 +262,13 @@ class Chooser:
 
     # -- bases -----------------------------------------------------------------------------------
 
-    def _base(self, id: ObjectId, length: int) -> _Base | None:
+    def _base(self, id: ObjectId, length: int, however_deep: bool) -> _Base | None:
         """What a chunk whose parent's chunk is `id` may be a difference against."""
         with self._index.snapshot() as snapshot:
             row = snapshot.live(id)
             if row is None or row.kind is not Kind.CHUNK or row.raw != length:
                 return None
-            if row.depth < self._level.depth:
+            if however_deep or row.depth < self._level.depth:
                 return _Base(id, row, None)
             # At full depth, or beyond it after a change of level: as deep as a sibling.
             sibling = row

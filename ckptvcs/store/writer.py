@@ -540,8 +540,10 @@ def is_safe(
     """
     if below > MAX_DEPTH:
         return False
-    if chain_depth(change, id, broken) is not None:
-        return True
+    there = chain_depth(change, id, broken)
+    if there is not None:
+        # What it is a difference against may have been rewritten since, with a longer chain of its own.
+        return there + below <= MAX_DEPTH
     found = made.get(id)
     if found is None:
         return False

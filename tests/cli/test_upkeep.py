@@ -50,6 +50,30 @@ def test_gc_refuses(repo: Repo, folder: Path) -> None:
         refused(folder, "gc", code=11)
 
 
+def test_repack(repo: Repo, folder: Path) -> None:
+    for step in (1, 2, 3):
+        commit_state(repo, step)
+    keys = {
+        "dry_run", "chunks", "looked", "left", "saved", "read_saved", "newest_saved", "packs", "into",
+        "freed", "renewed", "problems",
+    }  # fmt: skip
+    announced = ckpt(folder, "repack", "--dry-run", "--json").json
+    assert set(announced) == keys
+    assert announced["packs"] == 3
+    assert "Would put 3 packs into 1." in ckpt(folder, "repack", "--dry-run").out
+    done = ckpt(folder, "repack").out
+    assert "Put 3 packs into 1." in done
+    assert "smaller on the disk." in done
+    assert len(list((folder / ".ckpt" / "packs").rglob("*.pack"))) == 1
+    assert ckpt(folder, "repack", "--older-than", "30d", "--json").json["packs"] == 0
+    assert "Copied 0 B out of 0 old packs" in ckpt(folder, "repack", "--older-than", "30d").out
+    refused(folder, "repack", "--older-than", "soon", code=2, words=("'soon'", "24h"))
+    refused(folder, "repack", "--older-than", "3d", "--smallest", code=2)
+    with Disk().lock(folder / ".ckpt" / "gc.lock"):
+        refused(folder, "repack", code=11)
+    assert repo.resolve("main").step == 3
+
+
 def test_fsck_is_content(states: Path) -> None:
     out = ckpt(states, "fsck", "--full").out
     assert "4 commits" in out

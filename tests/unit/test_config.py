@@ -84,6 +84,7 @@ def test_defaults() -> None:
         "gc.grace": "24h",
         "index.network": False,
         "ingest": "auto",
+        "repack.older-than": None,
     }
 
 

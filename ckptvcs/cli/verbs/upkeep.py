@@ -1,4 +1,4 @@
-"""gc, ingest, fsck, config."""
+"""gc, ingest, repack, fsck, config."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ckptvcs.errors import InvalidError, NotFoundError
 if TYPE_CHECKING:
     from ckptvcs.maintenance import fsck as checking
     from ckptvcs.maintenance import gc as collecting
+    from ckptvcs.maintenance import repack as repacking
 
 # ---- gc -----------------------------------------------------------------------------------------
 
@@ -104,6 +105,71 @@ def ingest(retry: bool, as_json: bool) -> Exit:
     return Exit.PARTLY if report.quarantined else Exit.DONE
 
 
+# ---- repack -------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Only tell. Everything is really encoded, and thrown away.")
+@click.option(
+    "--smallest", is_flag=True, help="Let commits that are no tips take longer to read, if that saves bytes."
+)
+@click.option(
+    "--older-than",
+    metavar="D",
+    help="Only copy what lives in packs whose files are older than this (30d) into new ones, so that a purge "
+    "of old files does not take them.",
+)
+@json_option
+def repack(dry_run: bool, smallest: bool, older_than: str | None, as_json: bool) -> Exit:
+    """Rewrite what is stored: the newest commits read fastest, and packs are few.
+
+    Chunks are encoded as at compression level small, and packs merged. What would make the repository larger
+    or slower to read is left as it is. Safe while others commit and read; may be interrupted at any time.
+
+    \b
+    ckpt repack
+    ckpt repack --smallest
+    ckpt repack --older-than 30d
+    """
+    if smallest and older_than is not None:
+        raise click.UsageError("--smallest does nothing with --older-than, which copies")
+    with session.opened() as repo, output.working("repacking") as count:
+        report = repo.repack(older_than=older_than, dry_run=dry_run, smallest=smallest, say=count)
+    if as_json:
+        output.data(report.as_dict())
+    elif older_than is None:
+        _print_repack(report)
+    else:
+        did = "Would copy" if dry_run else "Copied"
+        output.line(
+            f"{did} {output.size(report.renewed)} out of {output.counted(report.packs, 'old pack')} "
+            f"into {output.counted(report.into, 'new one')}."
+        )
+    for problem in report.problems:
+        output.warning(problem)
+    return Exit.PARTLY if report.problems else Exit.DONE
+
+
+def _print_repack(report: repacking.Report) -> None:
+    would = report.dry_run
+    output.line(
+        f"{'Would encode' if would else 'Encoded'} {report.chunks:,} of "
+        f"{output.counted(report.looked, 'chunk')} anew, which saves {output.size(report.saved)}; the others "
+        "are best as they are."
+    )
+    if report.newest_saved:
+        output.line(
+            f"To read all tips takes {output.size(report.newest_saved)} less of reading and decoding."
+        )
+    if report.packs:
+        output.line(
+            f"{'Would put' if would else 'Put'} {output.counted(report.packs, 'pack')} into {report.into:,}."
+        )
+    if not would:
+        change = "smaller" if report.freed >= 0 else "larger"
+        output.line(f"The repository is {output.size(abs(report.freed))} {change} on the disk.")
+
+
 # ---- fsck ---------------------------------------------------------------------------------------
 
 
@@ -173,7 +239,8 @@ def config(key: str | None, value: str | None, unset: bool, as_json: bool) -> No
     """List the settings in force, show one, or set one.
 
     There are author, compression (fast, balanced, small), environment (true, false), gc.grace (0, 30m, 24h,
-    7d), index.network (true, false), ingest (auto, manual) and metric.NAME.mode (min, max).
+    7d), index.network (true, false), ingest (auto, manual), repack.older-than (30d) and metric.NAME.mode
+    (min, max).
 
     \b
     ckpt config metric.bleu.mode max
