@@ -23,7 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from ckptvcs.errors import CkptError, CorruptionError, FormatError, InvalidError, LockedError, NotFoundError
+from ckptvcs.errors import (
+    CkptError,
+    CorruptionError,
+    FormatError,
+    InvalidError,
+    LockedError,
+    NotFoundError,
+    StorageError,
+)
 from ckptvcs.history import refs
 from ckptvcs.ids import Kind, ObjectId, object_id
 from ckptvcs.store import Change, Move, Publication, Store, bundles, codec
@@ -400,7 +408,12 @@ class _Ingestion:
                 info={**bundle.info, "bundle": bundle.name.text},
                 annotations=() if bundle.lost else bundle.annotations,
             )
-            won = enter(change, publication, sealed, checked.made, frozenset(), replaced)
+            try:
+                won = enter(change, publication, sealed, checked.made, frozenset(), replaced)
+            except StorageError as error:
+                if error.path is not None:  # the disk's, and no fault of the bundle
+                    raise
+                raise _RefusedError(error.message) from None
             won = won and not bundle.lost
         return Ingested(bundle.name.text, bundle.root, bundle.ref if won else lost, not won)
 

@@ -571,3 +571,25 @@ def test_a_full_disk_leaves_the_bundle(folder: Path, monkeypatch: pytest.MonkeyP
     assert len(bundles.readable(Disk(), repo._opened.store.layout)) == 1
     with Repo.open(folder) as repo:
         assert messages(repo) == ["one", "first"]
+
+
+@pytest.mark.parametrize("fault", ["bundle", "disk"])
+def test_whose_fault_it_is(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain of bases that has become too long would be tried for ever; a disk that refuses mends."""
+    with no_index(folder) as repo:
+        repo.commit(state(1), "one")
+    path = None if fault == "bundle" else str(folder)
+
+    def refuse(*_: object) -> bool:
+        raise StorageError("the base chain is too long" if path is None else "refused", path=path)
+
+    with Repo.open(folder, ingest=False) as repo:
+        with monkeypatch.context() as patch:
+            patch.setattr(ingesting, "enter", refuse)
+            if fault == "bundle":
+                assert "too long" in repo.ingest().quarantined[0].why
+            else:
+                with pytest.raises(StorageError, match="refused"):
+                    repo.ingest()
+        assert len(repo.ingest(retry=True).ingested) == 1
+        assert messages(repo) == ["one", "first"]
