@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptvcs.cli import output
-from ckptvcs.history.notes import dropped_words
 
 if TYPE_CHECKING:
     from ckptvcs.history.commit import Commit, CommitReport
@@ -75,6 +74,8 @@ def commit_shape(repo: Repo, commit: Commit, refs: Decorations) -> dict[str, Any
 
 def kept_words(notes: Notes) -> list[str]:
     """Whether a commit is pinned, and what retention took from it, as marks in a log."""
+    from ckptvcs.history.notes import dropped_words
+
     words = ["[pinned]"] if notes.pinned else []
     if gone := dropped_words(notes.dropped):
         words.append(f"[{output.clean(gone)}]")

@@ -1,5 +1,5 @@
-"""Trainings killed by somebody else's tool: ckpt-chaos kills a job at the file events of its saves, resumes it,
-and judges what came back against a run that nobody killed.
+"""Trainings killed by somebody else's tool: ckpt-chaos kills a job at the file events of its saves, resumes
+it, and judges what came back against a run that nobody killed.
 
 It sees what the trainer opens for writing, renames, removes and makes below the job's folder; no writer
 process, no syncs and no writes to the index (docs/testing.md).

@@ -46,7 +46,7 @@ def diff(
     everything: bool,
     as_json: bool,
 ) -> None:
-    """Compare two commits, two checkpoint files or folders of them, or a commit and a file.
+    """Compare commits or checkpoint files.
 
     Tells which tensors are new, removed, reshaped or cast, and of those that changed: which part of their
     numbers did, the largest difference, the norm of the difference, the same relative to the norm of the old

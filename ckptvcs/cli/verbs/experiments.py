@@ -48,7 +48,7 @@ def fork(
     command: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Make a branch at a commit for an experiment, and run a program there.
+    """Branch an experiment from a commit, and run it.
 
     No bytes are copied. What --set says is applied once: when the fork point is restored on the new branch. A
     new learning rate takes the place of the one at the top of the schedule. Names that the state has no
@@ -155,7 +155,7 @@ def sweep(
     command: tuple[str, ...],
     as_json: bool,
 ) -> int:
-    """Fork a branch for each point of a grid, and run a program on each.
+    """Fork and run a branch for each point of a grid.
 
     Begun again, it leaves out what has finished and runs the rest: each program goes on where its branch is.
     With --print nothing is made or run: each line is a `ckpt fork --again` for a job of its own.
@@ -251,7 +251,7 @@ def _print_points(
 @click.command()
 @json_option
 def runs(as_json: bool) -> None:
-    """List the runs: what became of each, where it is, and what was set anew there.
+    """List the runs, and what became of each.
 
     A run is running, finished or failed, as it last said itself; stale if it says that it is running and no
     living process of this machine has claimed its branch.

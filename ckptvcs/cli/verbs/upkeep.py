@@ -121,7 +121,7 @@ def ingest(retry: bool, as_json: bool) -> Exit:
 )
 @json_option
 def repack(dry_run: bool, smallest: bool, older_than: str | None, as_json: bool) -> Exit:
-    """Rewrite what is stored: the newest commits read fastest, and packs are few.
+    """Rewrite packs so that the newest commits read fastest.
 
     Chunks are encoded as at compression level small, and packs merged. What would make the repository larger
     or slower to read is left as it is. Safe while others commit and read; may be interrupted at any time.
