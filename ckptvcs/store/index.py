@@ -53,8 +53,9 @@ from ckptvcs.store.journal import (
 
 MAP_SIZE: Final = 64 << 30
 _READERS: Final = 1024
-_LOCK_BYTES: Final = 64 * _READERS + 8192
-"""Of `lock.mdb`: a cache line for each reader, and room for its head. LMDB uses all that is there."""
+_LOCK_BYTES: Final = 64 * _READERS + 128
+"""Of `lock.mdb`, as LMDB makes it on 64-bit Linux: a cache line for each reader but one, and its head.
+It takes more readers where the file is longer, and lengthens one that is too short."""
 
 TABLES: Final = {
     "meta": b"m",

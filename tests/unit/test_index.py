@@ -565,7 +565,7 @@ def test_readers_that_never_let_go_are_named(index: Index, monkeypatch: pytest.M
     """In the end somebody has to be told."""
     monkeypatch.setattr(index_module, "_READERS_WAIT", 0.05)
     with contextlib.ExitStack() as stack:
-        for _ in range(1024):
+        for _ in range(index_module._READERS):
             stack.enter_context(index.snapshot())
         with pytest.raises(LockedError, match="too many processes read"):
             stack.enter_context(index.snapshot())
