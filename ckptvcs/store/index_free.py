@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from ckptvcs.ids import ObjectId
 from ckptvcs.store import bundles
 from ckptvcs.store.bundles import Bundle, BundledPack
 from ckptvcs.store.format import Layout, PackName
-from ckptvcs.store.index import TABLES, Change, Index, PackInfo
+from ckptvcs.store.index import TABLES, Change, Index, PackInfo, Snapshot
 from ckptvcs.store.journal import LogEntry, Move, Operation, Status
 from ckptvcs.store.leases import Lease
 from ckptvcs.store.packs import PackFile
@@ -303,7 +303,13 @@ class IndexFreeStore(Store):
     # -- what needs the index --------------------------------------------------------------------
 
     def update(
-        self, operations: Sequence[Operation], *, who: str, why: str, info: Mapping[str, Any] | None = None
+        self,
+        operations: Sequence[Operation],
+        *,
+        who: str,
+        why: str,
+        info: Mapping[str, Any] | None = None,
+        provided: Callable[[Snapshot], bool] | None = None,
     ) -> LogEntry | None:
         self.check("write")
         raise _needs_index("change refs")
