@@ -1462,7 +1462,8 @@ class Repo:
         rules["drop"] = drop or None
         given = {name: value for name, value in rules.items() if value is not None}
         policy = retention.Policy.of(given) if given else None
-        self._store.format.check("write")
+        if not dry_run:
+            self._store.check("write")
         with self._store.operation():
             return retaining.Retention(self._store, self._revisions.mode).run(
                 retaining.chooser(branches, policy, self.config),
