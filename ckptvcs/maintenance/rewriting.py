@@ -140,7 +140,7 @@ class Rewriter:
         """Take over a chunk in the encoding found.
 
         `above`: frames in the longest chain of differences against it, as the rows were at some time after
-        this rewriter was made. They must stay within `MAX_DEPTH` if the chunk's own chain grows.
+        this rewriter was made. With any, its row stays as it is if the chunk's own chain would grow.
         """
         self._append(id, row, found.frame, above)
 
@@ -271,7 +271,8 @@ def _point(change: Change, move: _Move, pack: PackName, used: Callable[[], Set[O
         before = chain_depth(change, move.id, frozenset())
         if depth > MAX_DEPTH:
             return False
-        if before is not None and depth > before and (depth + move.above > MAX_DEPTH or move.id in used()):
+        # The rows above keep the depths that they have, and a collector deletes by falling depth.
+        if before is not None and depth > before and (move.above or move.id in used()):
             return False
     change.put_row(move.id, Row.of(move.entry, pack, depth)._replace(damaged=current.damaged))
     return True

@@ -30,15 +30,20 @@ Who acts
   go back to ``pack`` and retry). After that its handle may commit again, with a cache of what it has seen.
 * The collector takes the roots and then runs the phases that `collector_program` lists.
 * A deleter removes a ref. A tagger points the tag at any commit whose row is present.
-* A writer or the collector crashes where it stands; the kernel frees its lease or gc.lock.
+* A repack is a phase of the collector's run: chunks of a family are encoded against other bases, and all
+  their rows are pointed anew in one transaction, or none.
+* An outsider commits without the index: it reads refs and rows once, reuses what its branch's tip reaches,
+  and leaves packs and a bundle. An ingester checks the bundle, gives its packs a place, enters them in one
+  transaction, and clears the bundle away.
+* A writer, the collector or the ingester crashes where it stands; the kernel frees its lease or lock.
 * A scrub finds a chunk's bytes damaged; the next commit of that chunk repairs the row.
 * Retention records that a commit's payload is dropped, as a whole or in part. A part needs trees: things that
   refer to others, of which the dropped commit keeps the tree *alone* and some of what is below it.
 
-What is left out: power loss (an index transaction counts as durable), refs.journal, readers, index-free
-writers, trees and chunk lists where nothing is dropped (more levels of the same rule), reflog, pins and the
-undo window (only more roots: this is ``--grace 0``), and the collector's fallback of marking inside the
-deleting transaction (the interleaving in which nobody moves between mark and delete).
+What is left out: power loss (an index transaction counts as durable), refs.journal, readers, the order of
+bundles that build on each other, trees and chunk lists where nothing is dropped (more levels of the same
+rule), reflog, pins and the undo window (only more roots: this is ``--grace 0``), and the collector's fallback
+of marking inside the deleting transaction (the interleaving in which nobody moves between mark and delete).
 
 Each rule that can be broken on purpose is a field of `Rules`. That compaction re-points a row by
 compare-and-set is not among them, because breaking it does no harm here: only the collector deletes rows,
@@ -52,6 +57,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 NONE = -1
+_GONE = -2
+"""The name of a pack that was unlinked."""
 
 
 # ---- what is explored: rules, content, actors --------------------------------------------------------------
@@ -100,6 +107,20 @@ class Rules:
     """A tree that a dropped commit keeps alone is not marked whole: what else reaches it looks below it."""
     look_below_trees: bool = True
     """A writer looks up what is below a tree that it finds stored."""
+    turn_whole: bool = True
+    """A repack points the rows of a family in one transaction (broken: in one each, whatever comes of it)."""
+    count_those_above: bool = True
+    """A chain does not grow under a difference that was published after the repack looked."""
+    reuse_from_parent: bool = True
+    """An outsider reuses only what its branch's tip reaches, as a ref keeps that."""
+    packs_lock: bool = True
+    """Nobody looks for orphans while an ingester has packs in place that are not entered."""
+    incoming_stays: bool = True
+    """A pack keeps its name in incoming/ until its bundle is in the log."""
+    ingest_looks_again: bool = True
+    """What a bundle reuses is looked up in the transaction that enters it."""
+    ask_the_log: bool = True
+    """A bundle that is in the log is cleared away and not entered again."""
     plain_repair: bool = True
     """A damaged row is replaced by a plain frame.
 
@@ -152,6 +173,11 @@ class World:
     drops: int = 0
     trees: tuple[tuple[int, tuple[int, ...]], ...] = ()
     """Trees, each with what it refers to; they have ids among the chunks'."""
+    outsiders: tuple[int, ...] = ()
+    """The task of each writer without the index."""
+    ingester_crashes: int = 0
+    plan: tuple[tuple[int, int], ...] = ()
+    """What a repack makes of a family: the pairs (chunk, base or NONE)."""
     compaction: bool = False
     split_lookups: bool = False
     """Each id is looked up in a read transaction of its own."""
@@ -265,6 +291,36 @@ class Collector(NamedTuple):
     """Trees that are marked by themselves."""
     work: tuple[int, ...] = ()
     """Packs in hand: suspects, then those to unlink; in compaction the old pack and the new one."""
+    seen: tuple[int, ...] = ()
+    """In a repack: the pack of each chunk of the plan when it was encoded, then the new pack."""
+    used: int = 0
+    """In a repack: bases of differences that were published since."""
+
+
+class Outsider(NamedTuple):
+    """A writer without the index, and its bundle."""
+
+    task: int
+    step: str = "look"
+    """Then "leave", "waiting", and "gone": cleared away, or in quarantine; "refused": there for no reason."""
+    tip: int = NONE
+    records: int = 0
+    """What its packs hold."""
+    deltas: int = 0
+    pack: int = NONE
+    """Where its pack is, if it is no longer in incoming/."""
+    entered: int = 0
+    """How often it was entered."""
+
+
+class Ingester(NamedTuple):
+    """The ingester's place."""
+
+    bundle: int = NONE
+    """The outsider whose bundle is at hand."""
+    step: str = ""
+    pack: int = NONE
+    """The bundle's pack, in its place."""
 
 
 class Budget(NamedTuple):
@@ -276,6 +332,7 @@ class Budget(NamedTuple):
     collector_crashes: int = 0
     damages: int = 0
     drops: int = 0
+    ingester_crashes: int = 0
 
 
 Rows = tuple[Row | None, ...]
@@ -294,6 +351,8 @@ class State(NamedTuple):
     budget: Budget
     dropped: int = 0
     """Commits with a drop record."""
+    outsiders: tuple[Outsider, ...] = ()
+    ingester: Ingester = Ingester()
 
 
 Step = tuple[str, State]
@@ -321,38 +380,53 @@ def initial(world: World) -> State:
             world.collector_crashes,
             world.damages,
             world.drops,
+            world.ingester_crashes,
         ),
+        outsiders=tuple([Outsider(task) for task in world.outsiders]),
     )
 
 
 def canonical(state: State) -> State:
     """One state for all that differ only in the names of packs or in the order of equal writers.
 
-    Packs are numbered in the order in which rows, then writers, then the collector's work name them. So what
-    a compaction has in hand keeps its order: rows name the old pack, and nobody else yet the new one.
+    Packs are numbered in the order in which rows, then writers, repack, bundles and the collector's work name
+    them. So what a compaction has in hand keeps its order: rows name the old pack, nobody yet the new one.
     """
     packs, work = state.packs, state.collector.work
+    if any(row is not None and row.pack >= 0 and packs[row.pack] is None for row in state.rows):
+        rows = [row and (row if packs[row.pack] else row._replace(pack=_GONE)) for row in state.rows]
+        state = state._replace(rows=tuple(rows))
     writers = sorted(state.writers, key=lambda writer: (writer[:-1], [packs[own] for own in writer.packs]))
     names: dict[int, int] = {}
     for row in state.rows:
-        if row is not None:
+        if row is not None and row.pack != _GONE:
             names.setdefault(row.pack, len(names))
     for writer in writers:
         for pack in writer.packs:
             names.setdefault(pack, len(names))
+    held = (*state.collector.seen, *[o.pack for o in state.outsiders], state.ingester.pack)
+    for pack in held:
+        if pack >= 0 and packs[pack] is not None:
+            names.setdefault(pack, len(names))
     unnamed = [name for name, pack in enumerate(packs) if pack is not None and name not in names]
     for pack in sorted(unnamed, key=lambda name: (name not in work, packs[name])):
         names[pack] = len(names)
-    if all(old == new for old, new in names.items()):
+    if all(pack < 0 or pack in names for pack in held) and all(old == new for old, new in names.items()):
         return state._replace(packs=packs[: len(names)], writers=tuple(writers))
+    names |= {NONE: NONE, _GONE: _GONE}
     return State(
         tuple([row and Row(names[row.pack], row.base, row.depth, row.bad) for row in state.rows]),
-        tuple([packs[old] for old in names]),
+        tuple([packs[old] for old in names if old >= 0]),
         state.refs,
         tuple([w._replace(packs=tuple([names[p] for p in w.packs])) if w.packs else w for w in writers]),
-        state.collector._replace(work=tuple(sorted([names[pack] for pack in work]))),
+        state.collector._replace(
+            work=tuple(sorted([names.get(pack, _GONE) for pack in work])),
+            seen=tuple([names.get(pack, _GONE) for pack in state.collector.seen]),
+        ),
         state.budget,
         state.dropped,
+        tuple([o._replace(pack=names.get(o.pack, _GONE)) for o in state.outsiders]),
+        state.ingester._replace(pack=names.get(state.ingester.pack, _GONE)),
     )
 
 
@@ -552,15 +626,24 @@ def _publish(world: World, state: State, index: int) -> Step:
     if expected and task.then != NONE:
         tip = task.commit if world.tasks[task.then].branch == task.branch else NONE
         after = Writer(task.then, tip=tip, cache=kept | _mask(content))
-    return f"publishes at {world.ref_name(ref)}", State(
-        tuple(rows),
-        tuple(packs),
-        _with(state.refs, ref, task.commit),
-        _with(state.writers, index, after),
-        _logged(state.collector, task.commit),
-        state.budget,
-        state.dropped,
+    return f"publishes at {world.ref_name(ref)}", state._replace(
+        rows=tuple(rows),
+        packs=tuple(packs),
+        refs=_with(state.refs, ref, task.commit),
+        writers=_with(state.writers, index, after),
+        collector=_using(_logged(state.collector, task.commit), rows, put.values()),
     )
+
+
+def _using(collector: Collector, rows: Sequence[Row | None], put: Iterable[int]) -> Collector:
+    """A repack that has begun will see that these ids were published as differences."""
+    if not collector.seen:
+        return collector
+    things = 0
+    for some in put:
+        things |= some
+    bases = [row.base for thing, row in enumerate(rows) if row and things >> thing & 1]
+    return collector._replace(used=collector.used | _mask(bases))
 
 
 # ---- collector ---------------------------------------------------------------------------------------------
@@ -572,6 +655,8 @@ def collector_program(world: World) -> tuple[str, ...]:
     rows = ("commits", "chunks") if rules.referrers_first else ("chunks", "commits")
     orphans = ("leases", "table") if rules.lease_before_table else ("table", "leases")
     files = (*orphans, "unlink")
+    if world.plan:
+        rows = (*rows, "encode", "turn")
     deletion = (*rows, *files) if rules.rows_before_files else (*files, *rows)
     return ("mark", *deletion, "copy") if world.compaction else ("mark", *deletion)
 
@@ -691,6 +776,8 @@ def _delete_batch(world: World, state: State, batch: list[int], last: bool) -> S
 
 def _check_leases(world: World, state: State) -> Iterator[Step]:
     """Orphan scan: the files whose lease is free. By the rules it comes before `_check_table`."""
+    if state.ingester.bundle != NONE and world.rules.packs_lock:
+        return
     owned = {name for writer in state.writers for name in writer.packs}
     known = range(len(state.packs)) if world.rules.lease_before_table else state.collector.work
     free = tuple([name for name in known if state.packs[name] and name not in owned])
@@ -716,6 +803,60 @@ def _unlink(world: World, state: State) -> Iterator[Step]:
     work = state.collector.work
     packs = tuple([None if name in work else pack for name, pack in enumerate(state.packs)])
     yield f"unlinks packs {work}", _advanced(state._replace(packs=packs), work=())
+
+
+def _encode(world: World, state: State) -> Iterator[Step]:
+    """Repack: the chunks of the plan are in a new pack, in their new encodings."""
+    seen = [row.pack for thing, _ in world.plan if (row := state.rows[thing]) and not row.bad]
+    if len(seen) < len(world.plan):
+        after = _advanced(state)
+        yield "has no family to repack", _advanced(after)
+        return
+    family = _mask(thing for thing, _ in world.plan)
+    # Whoever stands on the family by now belongs to it, and this plan would be another.
+    used = _mask(row.base for thing, row in enumerate(state.rows) if row and not family >> thing & 1)
+    after = state._replace(packs=(*state.packs, Pack(False, family)))
+    yield "encodes a family anew", _advanced(after, seen=(*seen, len(state.packs)), used=used)
+
+
+def _turn(world: World, state: State) -> Iterator[Step]:
+    """Repack, one transaction: bump gc_seq; the rows of the family, if all still are where they were seen and
+    every chain will do, name the new pack and the new bases."""
+    *seen, new = state.collector.seen
+    pairs = list(zip(world.plan, seen, strict=True))
+    if not world.rules.turn_whole:
+        pairs = [pair for pair in pairs if (row := state.rows[pair[0][0]]) and row.pack != new][:1]
+    rows = list(state.rows)
+    for (thing, base), pack in pairs:
+        row = rows[thing]
+        if row is None or row.bad or row.pack != pack:
+            pairs = []
+            break
+        rows[thing] = Row(new, base)
+    for (thing, base), _ in pairs:
+        before, depth = state.rows[thing], _chain_depth(world, rows, thing, base)
+        assert before is not None
+        grows = depth > _chain_depth(world, state.rows, thing, before.base)
+        above = state.collector.used >> thing & 1 and world.rules.count_those_above
+        if world.rules.turn_whole and (depth == NONE or (grows and above)):
+            pairs = []
+            break
+        row = rows[thing]
+        assert row is not None
+        rows[thing] = row._replace(depth=depth)
+    losers = {pack for _, pack in pairs}
+    packs = list(_gapped(world, state.packs, losers) if pairs else state.packs)
+    packs[new] = Pack(published=True, gap=not pairs)
+    after = state._replace(
+        rows=tuple(rows) if pairs else state.rows,
+        packs=tuple(packs),
+        writers=_bumped(state.writers) if world.rules.bump_every_batch else state.writers,
+    )
+    words = "turns the family" if pairs else "leaves the family as it is"
+    if not world.rules.turn_whole and pairs and any(rows[thing].pack != new for thing, _ in world.plan):  # type: ignore[union-attr]
+        yield words + ", in part", after
+        return
+    yield words, _advanced(after, seen=(), used=0)
 
 
 def _copy(world: World, state: State) -> Iterator[Step]:
@@ -770,10 +911,163 @@ PHASES: dict[str, Callable[[World, State], Iterator[Step]]] = {
     "leases": _check_leases,
     "table": _check_table,
     "unlink": _unlink,
+    "encode": _encode,
+    "turn": _turn,
     "copy": _copy,
     "repoint": _repoint,
     "retire": _retire,
 }
+
+
+# ---- without the index -------------------------------------------------------------------------------------
+
+
+def _outsider_steps(world: World, state: State) -> Iterator[Step]:
+    """What writers without the index do next: look, and leave a bundle."""
+    for index, outsider in enumerate(state.outsiders):
+        task = world.tasks[outsider.task]
+        if outsider.step == "look":
+            tip = state.refs[task.branch]
+            reached = _marked(world, state.rows, state.dropped, _mask([tip]))[0] if tip != NONE else 0
+            reusable = reached if world.rules.reuse_from_parent else ~0
+            content = _content(world, task)
+            kept = [t for t in content if reusable >> t & 1 and (row := state.rows[t]) and not row.bad]
+            records = _mask(content) & ~_mask(kept)
+            deltas = _mask(
+                thing
+                for thing, base in task.bases
+                if records >> thing & 1 and reusable >> base & 1 and state.rows[base]
+            )
+            after = outsider._replace(step="leave", tip=tip, records=records, deltas=deltas)
+            yield f"outsider {index}: looks", _outside(state, index, after)
+        elif outsider.step == "leave":
+            yield (
+                f"outsider {index}: leaves a bundle",
+                _outside(state, index, outsider._replace(step="waiting")),
+            )
+
+
+def _outside(state: State, index: int, outsider: Outsider) -> State:
+    """The state with this outsider's place changed."""
+    return state._replace(outsiders=_with(state.outsiders, index, outsider))
+
+
+def _ingester_steps(world: World, state: State) -> Iterator[Step]:
+    """What the ingester does next, a crash included. It holds packs.lock from `_check_bundle` to the end."""
+    ingester = state.ingester
+    if ingester.bundle == NONE:
+        if world.rules.packs_lock and state.collector.program[:1] in (("table",), ("unlink",)):
+            return
+        for index, outsider in enumerate(state.outsiders):
+            if outsider.step == "waiting":
+                yield _check_bundle(world, state, index)
+        return
+    yield {"place": _place, "enter": _enter, "clear": _clear}[ingester.step](world, state, ingester.bundle)
+    if state.budget.ingester_crashes:
+        budget = state.budget._replace(ingester_crashes=state.budget.ingester_crashes - 1)
+        yield "ingester: crashes", state._replace(ingester=Ingester(), budget=budget)
+
+
+def _reused(world: World, outsider: Outsider) -> list[int]:
+    """What a bundle does not hold itself."""
+    task = world.tasks[outsider.task]
+    bases = [base for thing, base in task.bases if outsider.deltas >> thing & 1]
+    needed = (*_content(world, task), *world.commits[task.commit].parents, *bases)
+    return [thing for thing in needed if not outsider.records >> thing & 1]
+
+
+def _is_there(world: World, rows: Sequence[Row | None], thing: int) -> bool:
+    """Whether a row is live down its base chain."""
+    row = rows[thing]
+    return row is not None and not row.bad and _chain_depth(world, rows, thing, row.base) != NONE
+
+
+def _check_bundle(world: World, state: State, index: int) -> Step:
+    """Ingest steps 1 and 2: is it in the log already; is all there that it does not hold."""
+    outsider = state.outsiders[index]
+    if outsider.entered and world.rules.ask_the_log:
+        return f"ingester: finds bundle {index} in the log", state._replace(ingester=Ingester(index, "clear"))
+    if not all(_is_there(world, state.rows, thing) for thing in _reused(world, outsider)):
+        return _quarantined(world, state, index)
+    return f"ingester: checks bundle {index}", state._replace(ingester=Ingester(index, "place"))
+
+
+def _quarantined(world: World, state: State, index: int) -> Step:
+    """It builds on what is not stored any more, as its branch was deleted: put aside, as it is."""
+    outsider = state.outsiders[index]
+    built_on = {*world.commits[world.tasks[outsider.task].commit].parents, outsider.tip} - {NONE}
+    reason = any(state.rows[commit] is None for commit in built_on)
+    aside = _outside(state, index, Outsider(outsider.task, "gone" if reason else "refused"))
+    return f"ingester: puts bundle {index} aside", aside._replace(ingester=Ingester())
+
+
+def _place(world: World, state: State, index: int) -> Step:
+    """Ingest step 3: the pack has its final name, and by the rules also that in incoming/."""
+    outsider = state.outsiders[index]
+    name = outsider.pack
+    if name == NONE:
+        name = len(state.packs)
+        state = state._replace(packs=(*state.packs, Pack(False, outsider.records, outsider.deltas)))
+        if not world.rules.incoming_stays:
+            state = _outside(state, index, outsider._replace(pack=name))
+    return f"ingester: places the pack of bundle {index}", state._replace(
+        ingester=Ingester(index, "enter", name)
+    )
+
+
+def _enter(world: World, state: State, index: int) -> Step:
+    """Ingest step 4, the one transaction: look all up again, put rows, compare and set the ref."""
+    outsider, name = state.outsiders[index], state.ingester.pack
+    task = world.tasks[outsider.task]
+    if world.rules.ingest_looks_again and not all(
+        _is_there(world, state.rows, thing) for thing in _reused(world, outsider)
+    ):
+        return _quarantined(world, state, index)
+    rows, put, losers = list(state.rows), 0, set()
+    for thing in _content(world, task):
+        if not outsider.records >> thing & 1 or _is_there(world, rows, thing):
+            continue
+        row = rows[thing]
+        base = dict(task.bases)[thing] if outsider.deltas >> thing & 1 else NONE
+        depth = _chain_depth(world, rows, thing, base)
+        if base != NONE and (depth == NONE or row):
+            return _quarantined(world, state, index)
+        if row:
+            losers.add(row.pack)
+        rows[thing] = Row(name, base, depth)
+        put |= 1 << thing
+    packs = list(_gapped(world, state.packs, losers))
+    if name >= 0 and packs[name]:
+        packs[name] = Pack(published=True, gap=world.compaction and put != outsider.records)
+    expected = state.refs[task.branch] == outsider.tip
+    ref = task.branch if expected else world.lost(task.commit)
+    after = _outside(state, index, outsider._replace(entered=min(2, outsider.entered + 1)))
+    return f"ingester: enters bundle {index} at {world.ref_name(ref)}", after._replace(
+        rows=tuple(rows),
+        packs=tuple(packs),
+        refs=_with(state.refs, ref, task.commit),
+        collector=_using(_logged(state.collector, task.commit), rows, [put]),
+        ingester=Ingester(index, "clear"),
+    )
+
+
+def _clear(world: World, state: State, index: int) -> Step:
+    """Ingest step 5: nothing is left in incoming/."""
+    done = _outside(state, index, Outsider(state.outsiders[index].task, "gone"))
+    return f"ingester: clears bundle {index} away", done._replace(ingester=Ingester())
+
+
+def bundle_flaw(state: State) -> str:
+    """A bundle that somebody was told is stored and that cannot be entered any more, or was entered twice."""
+    for index, outsider in enumerate(state.outsiders):
+        if outsider.step == "refused":
+            return f"bundle {index} is in quarantine, and what it builds on is there"
+        if outsider.entered > 1:
+            return f"bundle {index} was entered twice"
+        moved = outsider.pack != NONE and not outsider.entered and outsider.step == "waiting"
+        if moved and (outsider.pack < 0 or state.packs[outsider.pack] is None):
+            return f"the pack of bundle {index} is gone"
+    return ""
 
 
 # ---- passing actors ----------------------------------------------------------------------------------------
@@ -828,6 +1122,8 @@ def successors(world: World, state: State) -> Iterator[Step]:
     """Every step that anybody can take."""
     yield from _writer_steps(world, state)
     yield from _collector_steps(world, state)
+    yield from _outsider_steps(world, state)
+    yield from _ingester_steps(world, state)
     yield from _passing_steps(world, state)
 
 
@@ -842,10 +1138,12 @@ def flaw(world: World, rows: Rows, packs: Packs, commit: int, dropped: int = 0) 
         row = rows[thing]
         if row is None:
             return f"{world.thing_name(thing)} has no row"
-        if packs[row.pack] is None:
+        if row.pack == _GONE or packs[row.pack] is None:
             return f"{world.thing_name(thing)} is in a pack that is gone"
         if depth > world.ids:
             return f"{world.thing_name(thing)} is its own base"
+        if row.base != NONE and depth >= world.max_depth:
+            return f"the chain of bases above {world.thing_name(row.base)} is too long"
         if thing < len(world.commits):
             for tree in world.alone(thing, dropped):
                 if rows[tree] is None:
@@ -861,7 +1159,9 @@ def flaw(world: World, rows: Rows, packs: Packs, commit: int, dropped: int = 0) 
 
 def leaks(world: World, state: State) -> bool:
     """Whether one more collector run, alone, leaves more than what refs reach, packs in use, and no gap."""
-    state = state._replace(collector=Collector(1), budget=Budget(), writers=())
+    state = state._replace(
+        collector=Collector(1), budget=Budget(), writers=(), outsiders=(), ingester=Ingester()
+    )
     while step := next(successors(world, state), None):
         state = step[1]
     rows = _mask(thing for thing, row in enumerate(state.rows) if row)
@@ -917,7 +1217,7 @@ def explore(
                 for commit in range(len(world.commits))
                 if flaw(world, state.rows, state.packs, commit, state.dropped)
             )
-        if flawed[key] & _mask(state.refs):
+        if flawed[key] & _mask(state.refs) or (state.outsiders and bundle_flaw(state)):
             report.losses.append(state)
             if first_loss_only:
                 break

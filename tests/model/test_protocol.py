@@ -7,7 +7,19 @@ from dataclasses import fields, replace
 
 import pytest
 
-from tests.model.protocol import NONE, Commit, Report, Rules, State, Task, World, canonical, explore, flaw
+from tests.model.protocol import (
+    NONE,
+    Commit,
+    Report,
+    Rules,
+    State,
+    Task,
+    World,
+    bundle_flaw,
+    canonical,
+    explore,
+    flaw,
+)
 
 PUBLISH = World(commits=(Commit((1,)),), chunks=1, tasks=(Task(0),), writers=(0, 0, 0))
 """An empty repository, three writers of one commit with one chunk (169,124 states when not reduced)."""
@@ -130,7 +142,55 @@ DROPPED = replace(
 )
 """A commit loses its whole payload while others commit the same on top of it, and packs are compacted."""
 
+REPACK = World(
+    commits=(Commit((3,)), Commit((4,)), Commit((5,))),
+    chunks=3,
+    tasks=(Task(2, branch=2, bases=((5, 3),)), Task(0)),
+    writers=(0, 1),
+    branches=3,
+    tags=0,
+    deletions=1,
+    compaction=True,
+    single_row_batches=True,
+    max_depth=2,
+    plan=((3, 4), (4, NONE)),
+    seed_packs=(((3, NONE), (4, 3), (0, NONE), (1, NONE)),),
+    seed_refs=(0, 1),
+)
+"""A pair of chunks is turned: the base becomes a difference, while another difference against it comes."""
+
+BUNDLES = World(
+    commits=(Commit((2, 3)), Commit((2, 4), parents=(0,))),
+    chunks=3,
+    tasks=(Task(1), Task(1, branch=1)),
+    writers=(1,),
+    branches=2,
+    tags=0,
+    outsiders=(0,),
+    ingester_crashes=1,
+    seed_packs=(((2, NONE), (3, NONE), (0, NONE)),),
+    seed_refs=(0,),
+)
+"""A commit without the index on top of the branch's tip is ingested, beside a writer of the same content."""
+
+BUNDLED_BASES = World(
+    commits=(Commit((2,)), Commit((3,), parents=(0,))),
+    chunks=2,
+    tasks=(Task(1, bases=((3, 2),)),),
+    writers=(0,),
+    branches=2,
+    tags=0,
+    outsiders=(0,),
+    ingester_crashes=1,
+    seed_packs=(((2, NONE), (0, NONE)),),
+    seed_refs=(0,),
+)
+"""A bundle, and a writer of the same commit, hold a difference against a chunk of the branch's tip."""
+
 CONFIGURATIONS = {
+    "repack": (REPACK, 12_983),
+    "bundles": (BUNDLES, 17_532),
+    "bundled bases": (BUNDLED_BASES, 25_566),
     "publish": (PUBLISH, 23_280),
     "reuse": (REUSE, 15_760),
     "shared": (SHARED, 42_145),
@@ -148,6 +208,9 @@ CONFIGURATIONS = {
 """Each configuration and the number of its states."""
 
 LARGER = {
+    "repack": (replace(REPACK, writers=(0, 0, 1)), 90_742),
+    "bundles": (replace(BUNDLES, outsiders=(0, 1), writers=()), 22_161),
+    "bundled bases": (replace(BUNDLED_BASES, tags=1, compaction=True), 122_187),
     "publish": (replace(PUBLISH, runs=3, deletions=3, tags=2), 65_936),
     "reuse": (replace(REUSE, writers=(0, 0, 0)), 139_567),
     "shared": (replace(SHARED, deletions=2), 97_756),
@@ -161,6 +224,13 @@ LARGER = {
 """The same with more writers, runs, deletions, tags or crashes."""
 
 BROKEN = {
+    "turn_whole": (REPACK, 6),
+    "count_those_above": (replace(REPACK, max_depth=1), 9),
+    "reuse_from_parent": (BUNDLES, 10),
+    "packs_lock": (BUNDLES, 12),
+    "incoming_stays": (BUNDLES, 12),
+    "ingest_looks_again": (BUNDLES, 9),
+    "ask_the_log": (BUNDLES, 9),
     "referrers_first": (PUBLISH, 8),
     "deltas_before_bases": (DAMAGE, 8),
     "compare_log": (PUBLISH, 6),
@@ -190,6 +260,8 @@ def story(report: Report, target: State) -> str:
         if commit != NONE and (lost := flaw(report.world, target.rows, target.packs, commit, target.dropped)):
             world = report.world
             lines.append(f"     {world.ref_name(ref)} names {world.thing_name(commit)}, and {lost}")
+    if lost := bundle_flaw(target):
+        lines.append(f"     {lost}")
     return "\n".join(["", *lines])
 
 
@@ -225,6 +297,14 @@ def test_breaking_a_rule_loses_data(rule: str) -> None:
     assert len(report.trace(report.losses[0])) == steps
 
 
+def test_growing_under_a_difference_loses_data_however_short_the_chain() -> None:
+    """A stored depth orders deletions: under a row whose depth is out of date its base goes first."""
+    world = replace(REPACK, writers=(0, 0), deletions=2, rules=Rules(count_those_above=False))
+    report = explore(world, first_loss_only=True)
+    print(story(report, report.losses[0]))
+    assert len(report.trace(report.losses[0])) == 25
+
+
 def test_each_rule_is_broken_somewhere() -> None:
     """No rule of the model is there without a test that needs it."""
     assert {rule.name for rule in fields(Rules)} == {*BROKEN, "collect_orphans"}
@@ -251,6 +331,8 @@ def test_deleting_referred_rows_first_breaks_the_promise_of_a_commit_row() -> No
         replace(BASES, writers=(0, 0), deletions=1, tags=0),
         replace(PUBLISH, writers=(0, 0), rules=Rules(compare_log=False)),
         replace(COMPACTION, tags=0),
+        replace(REPACK, runs=1),
+        replace(BUNDLES, deletions=1),
         pytest.param(PUBLISH, marks=pytest.mark.slow),
     ],
 )

@@ -100,6 +100,7 @@ def test_chains_stay_within_bounds(repo: Repo) -> None:
     far = chunk_of(repo, "other")
     assert row(repo, far).depth == 0
     assert recode(repo, ids[0], far, above=MAX_DEPTH) == 0, "what is above it would be too deep"
+    assert recode(repo, ids[0], far, above=1) == 0, "the stored depth of what is above it would be too small"
     assert row(repo, ids[0]).depth == 0
     sound(repo, MAX_DEPTH + 1)
 
