@@ -1506,13 +1506,34 @@ class Repo:
             say=say or (lambda _: None),
         )
 
-    def fsck(self, *, full: bool = False, rebuild: bool = False) -> fsck.Report:
-        """Check the repository: refs, rows, packs and the ids of all objects; `full` hashes every byte.
+    def fsck(
+        self,
+        *,
+        full: bool = False,
+        rebuild: bool = False,
+        quick: bool = False,
+        repair: bool = False,
+        budget: str | float | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> fsck.Report:
+        """Check the repository: refs, rows, packs and the ids of all objects. Nothing is deleted.
 
-        `rebuild` first makes the index anew from packs and journal; no other handle may be open then.
-        Checking never deletes anything.
+        Args:
+            full: hash every byte.
+            quick: only the index, and the sizes and footers of packs.
+            budget: besides the default check compare so many stored bytes with their digests ('10GiB', '30m'
+                or a number of bytes), from where the last call with a budget stopped.
+            repair: mend what can be mended: from other copies of a record, and by copying what is whole out
+                of packs that are not. What is not found is marked, and stored again when it is committed
+                again. Broken packs move to `quarantine/`.
+            rebuild: first make the index anew from packs and journal; no other handle may be open then.
+            say: told what is looked at, for people who wait.
         """
-        from ckptvcs.maintenance import fsck
+        from ckptvcs.maintenance import fsck, scrub
+
+        if full + quick + (budget is not None) > 1:
+            raise InvalidError("full, quick and budget exclude each other")
+        wanted = None if budget is None else scrub.budget_of(budget)
 
         store = self._store
         if rebuild:
@@ -1526,7 +1547,9 @@ class Repo:
                         store.reopen()
                     raise
                 store.reopen()
-        return fsck.check(store, full=full)
+        return fsck.check(
+            store, full=full, quick=quick, repair=repair, budget=wanted, say=say or (lambda _: None)
+        )
 
 
 def _below(

@@ -448,6 +448,7 @@ class Layout:
         self.packs_lock = root / "packs.lock"
         self.temporary = root / "tmp"
         self.quarantine = root / "quarantine"
+        self.scrubbed = root / "scrubbed"
         self.ignore = root / ".gitignore"
 
     @property

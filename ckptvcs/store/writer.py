@@ -283,10 +283,11 @@ class Writer:
         return self._chooser.frame(id, copy, piece.source.element_size, piece.hint, base)
 
     def _missing(self, ids: Sequence[ObjectId]) -> set[ObjectId]:
-        """Those of the ids that have to be stored: not indexed, or in a pack that is not whole."""
+        """Those of the ids that have to be stored: not indexed, or damaged or in a pack that is not whole,
+        themselves or something that they are a difference against."""
         with self._index.snapshot() as snapshot:
-            rows = {id: snapshot.live(id) for id in ids}
-            fresh = {row.pack for row in rows.values() if row is not None} - self._whole - self._broken
+            used = {id: _packs_of_chain(snapshot, id) for id in ids}
+            fresh = {name for names in used.values() for name in names or ()} - self._whole - self._broken
             sizes = {name: snapshot.pack(name) for name in fresh}
         for name, info in sizes.items():
             # One look per pack and commit. A flipped bit is not seen so cheaply; fsck and reads see it.
@@ -295,7 +296,7 @@ class Writer:
             except (FileNotFoundError, StorageError):
                 whole = False
             (self._whole if whole else self._broken).add(name)
-        return {id for id, row in rows.items() if row is None or row.pack in self._broken}
+        return {id for id, names in used.items() if names is None or not self._broken.isdisjoint(names)}
 
     def put_frame(self, id: ObjectId, frame: Frame) -> None:
         """Store a chunk that the caller encoded, a difference against a base included.
@@ -564,6 +565,20 @@ def chain_depth(snapshot: Snapshot, id: ObjectId, broken: Set[PackName]) -> int 
             return depth
         current = row.base
     return None
+
+
+def _packs_of_chain(snapshot: Snapshot, id: ObjectId) -> list[PackName] | None:
+    """The packs in which a record lies and those that it is a difference against; None if one of these is
+    missing or damaged."""
+    found: list[PackName] = []
+    current: ObjectId | None = id
+    while current is not None and len(found) <= MAX_DEPTH:
+        row = snapshot.live(current)
+        if row is None:
+            return None
+        found.append(row.pack)
+        current = row.base
+    return found if current is None else None
 
 
 def child_name(kind: Kind, id: ObjectId) -> str:

@@ -79,7 +79,7 @@ def test_fsck_is_content(states: Path) -> None:
     assert "4 commits" in out
     assert "All is well." in out
     found = ckpt(states, "fsck", "--json").json
-    assert set(found) == {"ok", "full", "refs", "commits", "records", "packs", "bytes", "problems"}
+    assert set(found) == {"ok", "full", "level", "refs", "commits", "records", "packs", "bytes", "problems"}
     assert (found["ok"], found["problems"]) == (True, [])
 
 
@@ -93,7 +93,7 @@ def test_fsck_finds_a_truncated_pack(files: Path) -> None:
     assert "found." in done.out
     found = ckpt(files, "fsck", "--json", code=13).json
     assert found["ok"] is False
-    assert set(found["problems"][0]) == {"message", "id", "path", "refs", "commits"}
+    assert set(found["problems"][0]) == {"message", "id", "path", "refs", "commits", "tensors"}
 
 
 def test_fsck_rebuilds(files: Path) -> None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ckptvcs.maintenance import gc as collecting
     from ckptvcs.maintenance import repack as repacking
 
+_MANY = 20
+"""Problems that are printed."""
+
 # ---- gc -----------------------------------------------------------------------------------------
 
 
@@ -174,26 +177,41 @@ def _print_repack(report: repacking.Report) -> None:
 
 
 @click.command()
+@click.option("--quick", is_flag=True, help="Only the index, and the sizes and footers of packs.")
 @click.option("--full", is_flag=True, help="Read and hash every byte.")
+@click.option(
+    "--budget",
+    metavar="B",
+    help="Read and hash so much, 10GiB or 30m, from where the last check with a budget stopped.",
+)
+@click.option("--repair", is_flag=True, help="Mend what can be mended, then check again.")
 @click.option(
     "--rebuild",
     is_flag=True,
     help="First make the index anew from packs and journal. Nobody else may have the repository open.",
 )
 @json_option
-def fsck(full: bool, rebuild: bool, as_json: bool) -> Exit:
-    """Check the repository. Nothing is deleted or repaired.
+def fsck(quick: bool, full: bool, budget: str | None, repair: bool, rebuild: bool, as_json: bool) -> Exit:
+    """Check the repository. Nothing is ever deleted.
 
-    Without --full: that every ref reaches all it needs, that each record lies where the index says, and
-    that commits, trees and chunk lists hash to their ids. Problems end in exit code 13.
+    Without options: that every ref reaches all it needs, that each record lies where the index says, and
+    that commits, trees and chunk lists hash to their ids. Damage is told from the record up to the tensors,
+    commits and branches that need it, and ends in exit code 13.
+
+    Damaged records are marked, so that committing the same content again stores it again. --repair looks for
+    other copies of them, copies what is whole out of broken packs, and puts those into .ckpt/quarantine.
 
     \b
     ckpt fsck --full
+    ckpt fsck --budget 30m
+    ckpt fsck --full --repair
     ckpt fsck --rebuild
     """
-    with output.working("rebuilding and checking" if rebuild else "checking"):
+    if full + quick + (budget is not None) > 1:
+        raise click.UsageError("--quick, --full and --budget exclude each other")
+    with output.working("rebuilding and checking" if rebuild else "checking") as count:
         with session.opened(rebuild=rebuild) as repo:
-            report = repo.fsck(full=full)
+            report = repo.fsck(full=full, quick=quick, repair=repair, budget=budget, say=count)
     if as_json:
         output.data(report.as_dict())
     else:
@@ -221,9 +239,23 @@ def _print_check(report: checking.Report) -> None:
         )
     )
     how = "every byte hashed" if report.full else "`--full` hashes every byte"
+    if report.scrubbed is not None:
+        done = report.scrubbed
+        how = f"{output.size(done.read)} hashed, {done.packs:,} of {done.of:,} packs in this round"
     output.line(f"Checked {looked}, {output.size(report.bytes)}; {how}.")
-    for found in report.problems:
+    if report.repaired is not None:
+        mended = report.repaired
+        output.line(
+            f"Repaired: {output.counted(mended.copies, 'record')} from copies, "
+            f"{output.counted(mended.salvaged, 'record')} out of broken packs; "
+            f"no copy of {output.counted(mended.lost, 'record')}."
+        )
+        for place in mended.quarantined:
+            output.line(f"  put aside: {output.clean(place)}")
+    for found in report.problems[:_MANY]:
         output.line(f"  {output.paint('problem:', fg='red', bold=True)} {output.clean(found.message)}")
+    if len(report.problems) > _MANY:
+        output.line(f"  and {len(report.problems) - _MANY:,} more; `--json` lists all of them")
     output.line("All is well." if report.ok else f"{output.counted(len(report.problems), 'problem')} found.")
 
 
