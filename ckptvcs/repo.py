@@ -259,10 +259,22 @@ class Repo:
             opened = Opened(store, environ.author, compression, environ.job)
             if ingest:
                 opened.take_up(say or _log.warning)
-            return cls(opened, branch or environ.branch, owner=True)
+            repo = cls(opened, branch or environ.branch, owner=True)
+            repo._warn_of_missing_packs(say or _log.warning)
+            return repo
         except BaseException:
             store.close()
             raise
+
+    def _warn_of_missing_packs(self, say: Callable[[str], None]) -> None:
+        from ckptvcs.maintenance import presence
+
+        _, tip = self._committer.head()
+        if tip is not None and not self._opened.index_free:
+            with contextlib.suppress(CkptError):  # whatever it is, it is found by those who need it
+                told = presence.warning(self._store, self.branch_name or "HEAD", tip)
+                if told is not None:
+                    say(told)
 
     def on(self, branch: str) -> Repo:
         """A second handle on the same repository, on another branch. Closed with this one."""

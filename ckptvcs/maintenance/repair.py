@@ -64,7 +64,7 @@ def repair(
     say: Callable[[str], None],
 ) -> Repaired:
     """Mend these records and packs as far as it goes. LockedError if a collector runs. Durable on return."""
-    store.format.check("write")
+    store.check("write")
     done = Repaired()
     with store.collecting():
         left = _from_copies(store, set(bad), done, say)
@@ -132,9 +132,12 @@ def _row_of(look: Callable[[ObjectId], Row | None], id: ObjectId) -> Row | None:
 
 def _pack_files(store: Store) -> Iterator[Path]:
     """Every pack that is not being written, published or not."""
-    yield from (store.layout.pack(name) for name in pack_names(store.disk, store.layout))
-    folder = store.layout.quarantine
-    yield from (folder / name for name in store.disk.names(folder) if ".pack" in name)
+    disk, layout = store.disk, store.layout
+    yield from (layout.pack(name) for name in pack_names(disk, layout))
+    aside = (layout.quarantine / name for name in disk.names(layout.quarantine))
+    folders = [layout.incoming, layout.quarantine, *filter(disk.is_dir, aside)]
+    for folder in folders:
+        yield from (folder / name for name in disk.names(folder) if ".pack" in name)
 
 
 def _entries(store: Store, path: Path) -> list[Entry]:
