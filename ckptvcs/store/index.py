@@ -616,8 +616,10 @@ class Index:
             key = None if create else self._disk.same_file(self._data)
             shared = _open.get(key) if key else None
             if shared is None:
+                lock = self.folder / "lock.mdb"
                 with contextlib.suppress(PermissionError, FileNotFoundError):  # LMDB says why, or makes it
-                    self._disk.allocate(self.folder / "lock.mdb", _LOCK_BYTES)
+                    self._disk.make_shared(lock)
+                    self._disk.allocate(lock, _LOCK_BYTES)
                 with self._errors():
                     env = self._environment(MAP_SIZE if create else 0)
                     try:
@@ -634,8 +636,6 @@ class Index:
 
     def _environment(self, map_size: int) -> Any:
         """The LMDB environment, with a map of this size; 0 takes the one that the file names."""
-        lock = self.folder / "lock.mdb"
-        self._disk.make_shared(lock)
         env = lmdb.open(
             str(self.folder),
             map_size=map_size,

@@ -41,6 +41,7 @@ COMMIT_KEYS = {
     "environment",
     "sizes",
     "refs",
+    "pinned",
 }
 
 

@@ -25,7 +25,7 @@ def test_ls_of_a_state(states: Path) -> None:
 
 def test_ls_json_with_patterns(states: Path) -> None:
     found = ckpt(states, "ls", "v1", "model/*", "notes.txt", "--json").json
-    assert set(found) == {"commit", "entries", "files", "total"}
+    assert set(found) == {"commit", "entries", "files", "dropped", "total"}
     assert [entry["path"] for entry in found["entries"]] == ["model/weight", "model/bias"]
     assert found["entries"][0] == {
         "path": "model/weight", "kind": "tensor", "dtype": "float32", "shape": [40, 30], "bytes": 4800,
