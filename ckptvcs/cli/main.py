@@ -32,6 +32,8 @@ VERBS = {
     "sweep": "experiments",
     "runs": "experiments",
     "reset": "experiments",
+    "merge": "merge",
+    "cherry-pick": "merge",
     "status": "content",
     "reflog": "history",
     "gc": "upkeep",

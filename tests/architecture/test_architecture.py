@@ -23,7 +23,7 @@ LAYERS = (
     {"rng"},  # a leaf of states, public by itself
     {"opening", "importing", "runs"},
     {"background"},
-    {"opened", "committing"},  # what handles share, their places on branches among it
+    {"opened", "committing", "combining"},  # what handles share, their places on branches among it
     {"repo"},
     {"training", "running", "sweeping"},  # sweeping is pure; it names what running runs
     {"saver"},  # runs in a process of its own, which `background` starts by this name
@@ -78,6 +78,7 @@ PUBLIC = [
     "InvalidError",
     "LineageError",
     "LockedError",
+    "MergeConflictError",
     "NoRepositoryError",
     "NotFoundError",
     "ObjectId",
