@@ -160,6 +160,49 @@ class Committer:
                 self.origin = self.tip
             return self.make(write, fields, started, beside)
 
+    def combine(
+        self,
+        write: Callable[[Writer, Bases], state_trees.Written],
+        message: str,
+        first: Commit,
+        others: Sequence[ObjectId],
+        *,
+        step: Any,
+        epoch: Any,
+        metrics: Mapping[str, Any] | None,
+        config: Any,
+        circumstances: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+    ) -> Commit:
+        """Store what `write` makes of commits, and publish it with `first` and `others` as its parents.
+        `first` is the branch's tip, or where a branch that is not born begins.
+
+        The handle's own state is not what is stored, so it stays where it was, and must restore before it
+        commits.
+        """
+        opened = self._open()
+        started = opened.store.disk.seconds()
+        self.settle()
+        fields = self._fields(message, step, epoch, metrics, config, circumstances) | {"overrides": {}}
+        beside = self.beside(tags, None)
+        with self.mutex, opened.store.operation():
+            ref, tip = self.head()
+            if ref is None:
+                raise _detached()
+            if tip is not None and tip != first.id:
+                raise LineageError(
+                    f"the first commit, {first.id.short}, is not the tip of {self.branch} ({tip.short})",
+                    hint="name the branch's tip first, or a branch that begins there: `--branch NAME`",
+                )
+            stood = self.tip, self.origin
+            self.tip, self.origin = tip, first.id
+            try:
+                return self.make(write, fields, started, beside, others)
+            finally:
+                self.origin, self.held = stood[1], None
+                if self.tip == tip:  # nothing was published
+                    self.tip = stood[0]
+
     def check(self, state: Any, metrics: Mapping[str, Any] | None, config: Any) -> None:
         """`Repo.check_commit`."""
         from ckptvcs.state import tree as state_trees
@@ -430,17 +473,24 @@ class Committer:
         fields: dict[str, Any],
         started: float,
         beside: Beside,
+        others: Sequence[ObjectId] = (),
     ) -> Commit:
-        """Store a tree and publish its commit, within `Store.operation`. Without a time it is made now."""
+        """Store a tree and publish its commit, within `Store.operation`. Without a time it is made now.
+        `others` are parents besides the first."""
         opened = self._open()
         ref, parents = self._lineage()
+        parents = tuple(dict.fromkeys((*parents, *others)))
         if self.taken is not None:
             self.taken.check()  # and again when the refs move; nothing need be hashed to find it gone
         with opened.store.writer(self._opened.level, parents[0] if parents else None) as writer:
-            tree, sizes, held = write(writer, self._bases(parents))
+            written = write(writer, self._bases(parents))
+            if written.kept:
+                opened.store.needs_index("take over what other commits hold")
+                writer.reuse()  # what was not put here may be gone by the time of publishing
+            sizes = written.sizes
             writer.section("")
             fields = {"time": opened.store.disk.now_ns()} | fields
-            fields |= {"tree": tree, "parents": parents, "origin": self.origin, "sizes": sizes}
+            fields |= {"tree": written.tree, "parents": parents, "origin": self.origin, "sizes": sizes}
             (id,) = writer.put_objects(Kind.COMMIT, [commits.encode_commit(**fields)])
             lost = self._free_lost_name(ref, id)
             stored = sum(tally.stored for tally in writer.tallies.values())
@@ -466,21 +516,22 @@ class Committer:
                 with contextlib.suppress(CkptError):
                     if won or self.head()[1] == id:
                         self.tip = self.origin = id
-                        self.held = id, held
+                        self.held = id, written.held
             tallies = writer.tallies
         opened.store.catch_up_journal()
         opened.merge_small_packs()
         if not won:
             raise self._lost_race(ref, lost, beside)
-        components = {
-            name: Component(
+        components = {}
+        for name, size in sizes.items():
+            tally = tallies.get(name)
+            reused = written.kept.get(name, 0) + (tally.reused if tally is not None else 0)
+            components[name] = Component(
                 given=size,
-                new=size - tallies[name].reused if name in tallies else size,
-                reused=tallies[name].reused if name in tallies else 0,
-                stored=tallies[name].stored if name in tallies else 0,
+                new=size - reused,
+                reused=reused,
+                stored=tally.stored if tally is not None else 0,
             )
-            for name, size in sizes.items()
-        }
         report = CommitReport(
             given=sum(sizes.values()),
             new=sum(each.new for each in components.values()),

@@ -7,6 +7,7 @@
     ├── ExistsError (FileExistsError)     choose another name, or open what is there
     ├── InvalidError (ValueError)         mend the input
     │   ├── AmbiguousError                give more of the id
+    │   ├── MergeConflictError            choose a side for each of the listed places
     │   ├── UnsupportedStateError         take the listed leaves out of the state
     │   └── StateMismatchError            mend the names, or restore with strict=False
     ├── ConflictError                     somebody moved the ref: look, then retry or branch
@@ -161,6 +162,22 @@ class StateMismatchError(InvalidError):
             message = "the commit does not fit the state to be filled; "
             hint = "restore(..., only=...), rename={old: new} or strict=False restore what does fit"
         super().__init__(message + "; ".join(parts), hint=f"{near}; {hint}" if near else hint)
+
+
+class MergeConflictError(InvalidError):
+    """Places at which states cannot be merged by a formula, all of them, as (path, why) pairs in `conflicts`.
+    Nothing was written."""
+
+    code = "merge-conflict"
+
+    def __init__(self, conflicts: Sequence[tuple[str, str]]) -> None:
+        self.conflicts = tuple(conflicts)
+        listed = "; ".join(f"{path or '(the state itself)'}: {why}" for path, why in self.conflicts)
+        super().__init__(
+            f"{len(self.conflicts)} conflict(s): {listed}",
+            hint="choose a side by pattern with ours= or theirs= (`--ours`, `--theirs`), for the rest with "
+            "prefer= (`--prefer ours`), or merge a part with only= (`--only model`)",
+        )
 
 
 class ConflictError(CkptError):

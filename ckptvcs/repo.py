@@ -54,6 +54,7 @@ from ckptvcs.store.format import FOLDER
 if TYPE_CHECKING:
     from ckptvcs import importing
     from ckptvcs.background import PendingCommit
+    from ckptvcs.combining import Merged
     from ckptvcs.history.deleted import Deleted
     from ckptvcs.history.diff import Diff
     from ckptvcs.maintenance import fsck, gc, repack, retaining, usage
@@ -570,6 +571,132 @@ class Repo:
             tags=tags,
             status=status,
         )
+
+    # -- commits made of commits -------------------------------------------------------------------
+
+    def merge(
+        self,
+        *revs: str | ObjectId | Commit,
+        strategy: str = "mean",
+        weights: Sequence[float] | None = None,
+        base: str | ObjectId | Commit | None = None,
+        only: str | Sequence[str] | None = None,
+        ours: str | Sequence[str] = (),
+        theirs: str | Sequence[str] = (),
+        prefer: str | None = None,
+        message: str = "",
+        step: int | None = None,
+        epoch: int | float | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        config: Any = None,
+        tags: Sequence[str] = (),
+        say: Callable[[str], None] | None = None,
+    ) -> Merged:
+        """Commit the average of states, with all of them as parents, on the handle's branch.
+
+        Tensor by tensor: no state is ever in memory. Formulas are in docs/concepts; they are computed in
+        float64 and rounded once. What is equal in all is kept by its ids and not read.
+
+        Args:
+            revs: the commits. The first is the branch's tip, or where a branch without commits begins. One
+                alone is merged into the tip.
+            strategy: 'mean', 'weighted', 'slerp' (of two) or 'task-arithmetic'.
+            weights: a number per commit, in their order; of slerp also one alone: how far to the second.
+            base: of task-arithmetic, the commit that all were tuned from; the others' nearest common ancestor
+                along first parents, if it is not given.
+            only: names or patterns of what is averaged; the rest is that of the first commit.
+            ours, theirs: names or patterns of what is taken from the first commit, or from the second.
+            prefer: 'ours' or 'theirs' settles what no pattern does.
+            message: by default, what was merged and how.
+            step, epoch, config: by default those of the first commit.
+            metrics, tags: as in `commit`.
+            say: told the path of each tensor that is read before anything is stored.
+
+        The handle's own state is not that of the new commit: `restore` comes before its next `commit`.
+
+        Raises:
+            MergeConflictError: what has no average (missing, another shape or dtype, integers, values that
+                differ) and is claimed by no pattern; all of it.
+            LineageError: the first commit is not the branch's tip, or HEAD is detached.
+            ConflictError: somebody moved the branch meanwhile; the commit is kept under `.rescued`.
+        """
+        from ckptvcs import combining
+
+        sides = [self.resolve(rev) for rev in (("HEAD", *revs) if len(revs) == 1 else revs)]
+        recipe = combining.Recipe(
+            strategy, weights, None if base is None else self.resolve(base), only, ours, theirs, prefer
+        )
+        rules, below, how = recipe.checked(sides, self._opened.history)
+        names = ", ".join(side.id.short for side in sides)
+        with self._reading(sides[0]) as reader:
+            return combining.combine(
+                self._open(),
+                self._committer,
+                reader,
+                sides,
+                below,
+                rules,
+                message or f"merge {names}: {strategy}",
+                step=step,
+                epoch=epoch,
+                metrics=metrics,
+                config=config,
+                how={"merge": how},
+                tags=tags,
+                say=say,
+            )
+
+    def cherry_pick(
+        self,
+        rev: str | ObjectId | Commit,
+        only: str | Sequence[str],
+        *,
+        onto: str | ObjectId | Commit = "HEAD",
+        message: str = "",
+        metrics: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+    ) -> Merged:
+        """Commit a state with parts of another one: the weights of one run with the optimizer of another.
+
+        No tensor is read: parts go by their ids. Both commits become parents.
+
+        Args:
+            rev: the commit from which parts are taken.
+            only: names or patterns of these parts; they take the place of what is called so, or are added.
+            onto: the commit whose state has the rest: the branch's tip, or where a branch without commits
+                begins.
+            message, metrics, tags: as in `commit`. Step, epoch and config are those of `onto`.
+
+        Raises NotFoundError if a pattern matches nothing, and otherwise what `merge` does.
+        """
+        from ckptvcs import combining
+        from ckptvcs.state import merging
+
+        picked = combining.patterns(only)
+        if not picked:
+            raise InvalidError("a cherry-pick takes parts", hint="name them with only= (`--only optimizer`)")
+        target, source = self.resolve(onto), self.resolve(rev)
+        if target.id == source.id:
+            raise InvalidError("both commits are the same")
+        with self._reading(source) as reader:
+            return combining.combine(
+                self._open(),
+                self._committer,
+                reader,
+                [target, source],
+                None,
+                merging.Rules(theirs=picked),
+                message or f"cherry-pick {', '.join(picked)} of {source.id.short}",
+                step=None,
+                epoch=None,
+                metrics=metrics,
+                config=None,
+                how={"cherry_pick": {"commit": str(source.id), "only": list(picked)}},
+                tags=tags,
+                say=None,
+            )
+
+    # -- reading commits -----------------------------------------------------------------------------
 
     def resolve(self, rev: str | ObjectId | Commit = "HEAD") -> Commit:
         """The commit a revision names (docs/concepts: revisions)."""

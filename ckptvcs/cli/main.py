@@ -37,6 +37,8 @@ VERBS = {
     "sweep": "experiments",
     "runs": "experiments",
     "reset": "experiments",
+    "merge": "merge",
+    "cherry-pick": "merge",
     "status": "content",
     "reflog": "history",
     "du": "usage",

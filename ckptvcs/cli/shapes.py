@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ckptvcs.cli import output
 
 if TYPE_CHECKING:
+    from ckptvcs.combining import Merged
     from ckptvcs.history.commit import Commit, CommitReport
     from ckptvcs.history.deleted import Deleted
     from ckptvcs.history.diff import Diff
@@ -120,6 +121,21 @@ def statistics_shape(found: Statistics) -> dict[str, Any]:
         "positive_inf": found.positive_inf,
         "negative_inf": found.negative_inf,
         "histogram": list(found.histogram),
+    }
+
+
+def merged_shape(repo: Repo, made: Merged) -> dict[str, Any]:
+    """What a merge or cherry-pick made."""
+    assert made.commit.report is not None  # it was just made
+    return {
+        **commit_shape(repo, made.commit, decorations(repo)),
+        "branch": repo.branch_name,
+        "report": report_shape(made.commit.report),
+        "averaged": list(made.averaged),
+        "kept": made.kept,
+        "taken": made.taken,
+        "settled": [{"path": path, "why": why} for path, why in made.settled],
+        "overflowed": made.overflowed,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 import enum
@@ -117,7 +118,10 @@ class LinkContent:
 
 Folder: TypeAlias = "Mapping[str, FileContent | LinkContent | Folder]"
 
-_Trail: TypeAlias = "tuple[Any, object] | None"
+Trail: TypeAlias = "tuple[Any, object] | None"
+"""Where a value is: the trail above it and its key, None at the top."""
+
+_Trail = Trail
 _IN_FILES: Final[_Trail] = (None, "")
 _NUMBERS: Final = (type(None), bool, int, float)
 
@@ -130,12 +134,21 @@ def _path(trail: _Trail) -> str:
     return "/".join(reversed(names))
 
 
+class Given(abc.ABC):
+    """A part of a state that makes its own node: it is stored already, or computed while it is stored."""
+
+    @abc.abstractmethod
+    def node(self, builder: Builder, trail: Trail) -> Node:
+        """Its node, made with the methods of `builder` that begin with `given`."""
+
+
 class Builder:
     """Builds the nodes of one tree.
 
     Attributes:
         contents: what has to be stored and what it is, by component, in order.
         sizes: logical bytes by component.
+        kept: of these, bytes of content that was given as stored.
     """
 
     def __init__(self, grid: Grid, frozen: Callable[[str], bool] | None = None) -> None:
@@ -157,6 +170,7 @@ class Builder:
         self._later: list[Callable[[], None]] = []
         self.contents: dict[str, list[tuple[Place, Content]]] = {}
         self.sizes: dict[str, int] = {}
+        self.kept: dict[str, int] = {}
         self._component = ""
 
     def state(self, value: Any) -> Node:
@@ -223,6 +237,31 @@ class Builder:
             self.contents.setdefault(self._component, []).append((place, content))
         self.sizes[self._component] = self.sizes.get(self._component, 0) + nbytes
         return content
+
+    def given_leaf(self, encoded: bytes) -> Leaf:
+        """The node of an encoded value without references."""
+        return self._leaf(encoded)
+
+    def given_content(self, content: Content) -> Content:
+        """Count content that is stored already."""
+        for counts in (self.sizes, self.kept):
+            counts[self._component] = counts.get(self._component, 0) + content.nbytes
+        return content
+
+    def given_source(self, spec: Spec, source: Source, trail: Trail) -> Content:
+        """Content of a tensor that is to be stored."""
+        return self._content(spec.nbytes, [source], trail, spec.dtype, spec.shape)
+
+    def given_component(self, name: str) -> None:
+        """What follows belongs to this component."""
+        self._enter(name)
+
+    def given_value(self, value: Any, trail: Trail, depth: int) -> Node:
+        """The node of any value below a given one."""
+        return self._node(value, trail, depth)
+
+    def _given(self, value: Given, trail: _Trail, depth: int, in_key: bool) -> Node:
+        return value.node(self, trail)
 
     def _counted(self, trail: _Trail, more: int = 1) -> None:
         self._count += more
@@ -593,6 +632,8 @@ def flat_encoding(value: Any) -> bytes | None:
 
 def _handler(value: Any) -> _Handler | None:
     """What to do with a type that is not known by its exact class."""
+    if isinstance(value, Given):
+        return Builder._given
     if isinstance(value, enum.Enum):
         return Builder._enum
     if torch_tensors.is_tensor(value):

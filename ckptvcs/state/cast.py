@@ -61,6 +61,15 @@ def cast(data: Buffer, dtype: str, target: str) -> tuple[Buffer, int]:
     return found.view(np.uint8).data, overflowed
 
 
+def narrowed(numbers: Raw, dtype: str) -> Raw:
+    """Float64 or complex128 as another dtype: each number rounded once, to nearest, ties to even. What is
+    beyond its range becomes what it has for that: an infinity, or NaN."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        if numbers.dtype == np.float64 and dtype not in ("float16", "float32", "float64"):
+            numbers = _rounded_to_odd(numbers)
+        return numbers.astype(numpy_dtype(dtype))
+
+
 def _rounded_to_odd(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Float64 as float32: exact, or the neighbour whose last bit is set."""
     near = numbers.astype(np.float32)

@@ -146,6 +146,29 @@ class Content:
         return encode([context.position(Kind.CHUNK, id) for id in self.ids])
 
 
+class KeptContent(Content):
+    """Content that is stored already: in chunks, or in those of a chunk list that need not be read."""
+
+    __slots__ = ("chunk_list",)
+
+    def __init__(
+        self, nbytes: int, inline: bytes | None, ids: tuple[ObjectId, ...], chunk_list: ObjectId | None
+    ) -> None:
+        self.nbytes = nbytes
+        self.sources = ()
+        self.ids = ids
+        self.inline = inline
+        self.chunk_list = chunk_list
+
+    def weigh(self, grid: Grid) -> int:
+        return super().weigh(grid) if self.chunk_list is None else codes.REFERENCE
+
+    def emit(self, context: Context) -> bytes:
+        if self.chunk_list is None:
+            return super().emit(context)
+        return encode({"list": context.position(Kind.CHUNK_LIST, self.chunk_list)})
+
+
 class Data(Node):
     """A tagged node of some fields and content: a blob, a file."""
 

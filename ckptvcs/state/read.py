@@ -154,7 +154,7 @@ class Compound(Branch):
     dtype: str = ""
     shape: tuple[int, ...] = ()
     about: tuple[Any, ...] = ()
-    """Of a sparse tensor (layout, flags), of a quantised one (scheme, flags, axis)."""
+    """(layout, flags) of a sparse tensor, (scheme, flags, axis) of a quantised one, a generator's device."""
 
 
 @dataclass(slots=True, eq=False)
@@ -742,7 +742,7 @@ class Loader:
         def make(keys: list[Any], found: list[Any]) -> Any:
             return torch_tensors.restore_generator(device, found[0])
 
-        return Compound("generator", ["state"], [state], make)
+        return Compound("generator", ["state"], [state], make, about=(device,))
 
     def _subclass(self, value: Tagged, opened: _Object, selection: Selection, depth: int) -> Stored:
         name, lengths, flags, inner, context = self._fields(value, opened, 5)

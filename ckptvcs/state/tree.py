@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
 from ckptvcs.canonical import encode, encoded_map, encoded_tag
@@ -100,12 +101,13 @@ class Prepared(NamedTuple):
     Attributes:
         nodes: the node of each part: "state", "files".
         contents: what has to be stored and what it is, by component, in order.
-        sizes: as in `Written`.
+        sizes, kept: as in `Written`.
     """
 
     nodes: dict[str, Node]
     contents: dict[str, list[tuple[Place, Content]]]
     sizes: dict[str, int]
+    kept: Mapping[str, int] = MappingProxyType({})
 
 
 class Written(NamedTuple):
@@ -114,12 +116,14 @@ class Written(NamedTuple):
     Attributes:
         tree: id of the root tree.
         sizes: logical bytes by component: the name of a top-level entry, or "" for what lies in none.
-        held: its content, for the bases of the next tree.
+        held: its content that was stored, for the bases of the next tree.
+        kept: of `sizes`, the bytes of content that was stored before and is known by its ids alone.
     """
 
     tree: ObjectId
     sizes: dict[str, int]
     held: dict[str, Held]
+    kept: Mapping[str, int] = MappingProxyType({})
 
 
 @refuse_deep
@@ -169,7 +173,7 @@ def store(writer: ObjectWriter, prepared: Prepared, bases: Bases | None = None) 
         encoded.append((encode(name), node.emit(context)))
     root = trees.put(Kind.TREE, context.references, encoded_tag(codes.ROOT, encoded_map(encoded)))
     trees.flush()
-    return Written(root, prepared.sizes, held)
+    return Written(root, prepared.sizes, held, prepared.kept)
 
 
 def write(

@@ -23,7 +23,7 @@ LAYERS = (
     {"rng"},  # a leaf of states, public by itself
     {"opening", "importing", "runs", "charts"},  # charts: pictures of histories
     {"background"},
-    {"opened", "committing"},  # what handles share, their places on branches among it
+    {"opened", "committing", "combining"},  # what handles share, their places on branches among it
     {"repo"},
     {"training", "running", "sweeping"},  # sweeping is pure; it names what running runs
     {"saver"},  # runs in a process of its own, which `background` starts by this name
@@ -87,6 +87,7 @@ PUBLIC = [
     "InvalidError",
     "LineageError",
     "LockedError",
+    "MergeConflictError",
     "NoRepositoryError",
     "NotFoundError",
     "ObjectId",
