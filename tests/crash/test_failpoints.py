@@ -19,10 +19,13 @@ from ckptvcs.companion import Channel, SharedMemory
 from ckptvcs.disk import Disk
 from ckptvcs.opened import Opened
 from ckptvcs.store import Store
+from ckptvcs.store.format import HEADER_BYTES, PackName
+from ckptvcs.store.index_free import IndexFreeStore
 from ckptvcs.testing.failpoints import Acknowledge, Killed, KillingDisk, kill_at_every_step
 from tests.concurrency.processes import exact
 from tests.crash.stores import create, noise, put_commit
 
+Say = Callable[[str], None]
 Operate = Callable[[Repo, Acknowledge], None]
 Judge = Callable[[Repo, Killed], None]
 
@@ -76,7 +79,7 @@ def nothing(*_: object) -> None:
 
 
 @pytest.fixture
-def kill(scratch: Path, start: Path, covered: Callable[[str], None]) -> Kill:
+def kill(scratch: Path, start: Path, covered: Say) -> Kill:
     """`Kill`, for a handle on main in a copy of `start`."""
 
     def run(
@@ -131,7 +134,8 @@ def acknowledged(repo: Repo, killed: Killed) -> None:
     """Each commit that the child said it had made, as 'NUMBER ID', and those of the start."""
     if "v2" in repo.tags():
         for number in range(3):
-            exact(repo.checkout(f"v2~{2 - number}"), state_of(number))
+            if repo.dropped(f"v2~{2 - number}") is None:
+                exact(repo.checkout(f"v2~{2 - number}"), state_of(number))
     for number, id in commits_of(killed):
         exact(repo.checkout(id), state_of(number))
 
@@ -154,7 +158,7 @@ def refs_of(repo: Repo) -> dict[str, ObjectId | str]:
         return snapshot.refs()
 
 
-def test_init(scratch: Path, covered: Callable[[str], None]) -> None:
+def test_init(scratch: Path, covered: Say) -> None:
     """There is no repository, or a whole one, and the next init sweeps up."""
     nowhere = scratch / "start"
     nowhere.mkdir()
@@ -352,7 +356,7 @@ def test_expiry_of_lost_commits(kill: Kill, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("missing", [False, True], ids=["asked-for", "missing"])
-def test_rebuild(scratch: Path, start: Path, covered: Callable[[str], None], missing: bool) -> None:
+def test_rebuild(scratch: Path, start: Path, covered: Say, missing: bool) -> None:
     """The index is made anew, on request or because it is gone."""
     if missing:
         shutil.rmtree(start / ".ckpt" / "meta")
@@ -425,3 +429,147 @@ def test_import(kill: Kill, tmp_path: Path) -> None:
         assert [commit.step for commit in repo.log("run")] == [3, 2, 1]
 
     kill(operate, judge, least=80)
+
+
+def test_retention(kill: Kill) -> None:
+    """Content is dropped, freed, and what stays is encoded anew without it. Each commit has all or nothing
+    of it, and those that are kept have all."""
+
+    def prepare(repo: Repo) -> None:
+        repo.restore({}, strict=False)
+        repo.configure("compression", "small")
+        for number in (3, 4, 5):
+            repo.commit(state_of(number), step=number)
+        repo.on("side").commit(state_of(6), step=6)
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        repo.retain("main", keep_last=2)
+        acknowledge("dropped")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        for commit in repo.log("main"):
+            if repo.dropped(commit) is None:
+                exact(repo.checkout(commit), state_of(commit.step or 0))
+        kept = {commit.step for commit in repo.log("main") if repo.dropped(commit) is None}
+        assert kept >= {2, 4, 5}, "the last two and the tagged one"
+        assert kept == {2, 4, 5} or not killed.acknowledged
+        exact(repo.checkout("side"), state_of(6))
+
+    kill(operate, judge, prepare=prepare, least=60)
+
+
+def test_repack(kill: Kill) -> None:
+    """Chunks are encoded anew and packs merged; every commit stays what it is."""
+
+    def prepare(repo: Repo) -> None:
+        repo.restore({}, strict=False)
+        for number in range(3, 7):
+            repo.commit(smooth(number), step=number)
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        assert repo.repack().packs > 3
+        acknowledge("repacked")
+        assert repo.repack(older_than=0).packs > 0
+        acknowledge("renewed")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        for number in range(3, 7):
+            exact(repo.checkout(f"main~{6 - number}"), smooth(number))
+
+    kill(operate, judge, prepare=prepare, least=40)
+
+
+def smooth(number: int) -> dict[str, Any]:
+    """States so much alike that they are stored as differences."""
+    weights = np.random.default_rng(3).standard_normal(20_000).astype(np.float32)
+    return {"weights": weights * np.float32(1 + number * 1e-6), "step": number}
+
+
+def test_repair(kill: Kill) -> None:
+    """A damaged record is replaced by its other copy."""
+
+    def prepare(repo: Repo) -> None:
+        repo.restore({}, strict=False)
+        commit = repo.commit({**state_of(3), "rare": state_of(30)}, step=3)
+        with repo._store.snapshot() as snapshot:
+            row = snapshot.row(commit.id)
+        assert row is not None
+        path = repo._store.layout.pack(row.pack)
+        copy = repo._store.layout.pack(PackName(row.pack.lease, row.pack.seq + 1000))
+        damaged = bytearray(path.read_bytes())
+        damaged[row.offset + HEADER_BYTES + 3] ^= 1
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+        with repo._store.index.change() as change:
+            info = change.pack(row.pack)
+            assert info is not None
+            change.put_pack(PackName(row.pack.lease, row.pack.seq + 1000), info)
+        path.chmod(0o644)
+        path.write_bytes(damaged)
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        report = repo.fsck(full=True, repair=True)
+        assert report.repaired is not None
+        assert report.repaired.copies == 1
+        acknowledge("repaired")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        if killed.acknowledged:
+            sound(repo)
+        repo.fsck(full=True, repair=True)
+        exact(repo.checkout("main"), {**state_of(3), "rare": state_of(30)})
+
+    kill(operate, judge, prepare=prepare, least=10)
+
+
+def test_commit_without_the_index_and_ingestion(scratch: Path, start: Path, covered: Say) -> None:
+    """A bundle is there whole or not at all, and is taken up once, wherever its writer or ingester dies."""
+
+    def operate(folder: Path, disk: KillingDisk, acknowledge: Acknowledge) -> None:
+        outside = IndexFreeStore(folder / ".ckpt", disk, 1)
+        outside.start()
+        with Repo(Opened(outside, "test"), "main", owner=True) as repo:
+            repo.restore({}, strict=False)
+            for number in (3, 4):
+                acknowledge(f"{number} {repo.commit(state_of(number), step=number).id}")
+        with opened(folder, disk) as repo:
+            repo.ingest()
+        acknowledge("ingested")
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        repo.ingest()
+        steps = [commit.step for commit in repo.log("main")]
+        assert steps in ([2, 1, 0], [3, 2, 1, 0], [4, 3, 2, 1, 0])
+        assert len(steps) >= 3 + len(commits_of(killed))
+        assert repo.lost() == {}
+        assert os.listdir(repo._store.layout.quarantine) == []
+
+    kills = kill_at_every_step(start, scratch, operate, lambda folder, killed: whole(folder, killed, judge))
+    covered(f"killed at each of {kills} steps")
+    assert kills >= 100
+
+
+def test_undelete_and_pins(kill: Kill) -> None:
+    """A deleted branch comes back whole or not at all; a pin holds what it was said to hold."""
+
+    def prepare(repo: Repo) -> None:
+        repo.on("side").commit(state_of(8), step=8)
+        repo.delete_branch("side", force=True)
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        id = repo.undelete("side")
+        acknowledge(f"8 {id}")
+        repo.pin(id)
+        acknowledge(f"8 {id}")
+        repo.delete_branch("side", force=True)
+        acknowledge(f"8 {id}")
+        repo.gc(grace=0)
+
+    def judge(repo: Repo, killed: Killed) -> None:
+        said = len(killed.acknowledged)
+        assert ("side" in repo.branches()) in {0: (False, True), 1: (True,), 2: (True, False), 3: (False,)}[
+            said
+        ]
+        assert len(repo.pins()) in {0: (0,), 1: (0, 1), 2: (1,), 3: (1,)}[said]
+
+    kill(operate, judge, prepare=prepare, least=15)
