@@ -389,12 +389,6 @@ class Disk:
         with translated("look at", path):
             return os.stat(path).st_size
 
-    def changed_ns(self, path: Path) -> int:
-        """When the file's bytes last changed, as the file system says: nanoseconds since 1970, UTC.
-        FileNotFoundError if it is not there."""
-        with translated("look at", path):
-            return os.stat(path).st_mtime_ns
-
     def names(self, folder: Path) -> list[str]:
         """Sorted names in a folder; none if the folder does not exist."""
         with translated("list", folder):

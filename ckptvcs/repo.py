@@ -24,6 +24,7 @@ from ckptvcs.errors import (
     CorruptionError,
     ExistsError,
     InvalidError,
+    LockedError,
     NoRepositoryError,
     NotFoundError,
 )
@@ -1515,7 +1516,9 @@ class Repo:
             report = gc.collect(self._store, grace=seconds, dry_run=dry_run, who=self.author)
         older_than = self.config.get("repack.older-than")
         if older_than is not None and not dry_run:
-            self.repack(older_than=older_than)
+            with contextlib.suppress(LockedError):  # another collector has come; the next one sees to it
+                for problem in self.repack(older_than=older_than).problems:
+                    _log.warning("old packs: %s", problem)
         return report
 
     def repack(

@@ -34,6 +34,7 @@ from ckptvcs.errors import (
 )
 from ckptvcs.history import refs
 from ckptvcs.ids import Kind, ObjectId, object_id
+from ckptvcs.maintenance.straightening import straightened
 from ckptvcs.store import Change, Move, Publication, Store, bundles, codec
 from ckptvcs.store.bundles import Bundle, BundledPack
 from ckptvcs.store.format import Entry, PackName, largest, unpack_object
@@ -135,8 +136,16 @@ def ingest(store: Store, *, retry: bool = False, wait: float = 0.0) -> Report:
     return work.report
 
 
+_TRIES: Final = 2
+"""How often a bundle is entered again whose bases seem to be gone."""
+
+
 class _RefusedError(Exception):
     """This bundle cannot become part of the repository as things are."""
+
+
+class _MovedError(_RefusedError):
+    """So does it seem. But what it rests on may just have been rewritten."""
 
 
 @dataclass(slots=True)
@@ -205,7 +214,7 @@ class _Ingestion:
             checked = self._checked(bundle)
             for pack in bundle.packs:
                 self._place(pack)
-            taken = self._enter(bundle, checked)
+            taken = self._tried(bundle, checked)
         except (_RefusedError, CorruptionError, FormatError, NotFoundError, FileNotFoundError) as error:
             self._quarantine(bundle.file_name, [each.name for each in bundle.packs], str(error))
             return
@@ -382,9 +391,18 @@ class _Ingestion:
             for entry in file_now.entries():
                 file_now.payload(file_now.header(entry.offset), entry.offset)
 
+    def _tried(self, bundle: Bundle, checked: _Checked) -> Ingested:
+        for _ in range(_TRIES):
+            with contextlib.suppress(_MovedError):
+                return self._enter(bundle, checked)
+        return self._enter(bundle, checked)
+
     def _enter(self, bundle: Bundle, checked: _Checked) -> Ingested:
         store = self._store
         sealed = [Sealed(each.name, PackInfo(each.size, each.records)) for each in bundle.packs]
+        instead, more = straightened(store, checked.made)
+        made = {**checked.made, **instead}
+        sealed += more
         with store.index.change() as change:
             for id, kind in checked.needed.items():
                 row = change.live(id)
@@ -392,9 +410,9 @@ class _Ingestion:
                     raise _RefusedError(
                         f"the {kind.label} {id.short} was collected while it was being ingested"
                     )
-            for id in checked.made:
-                if not is_safe(change, id, checked.made, frozenset()):
-                    raise _RefusedError(f"the base of {id.short} is not stored")
+            for id in made:
+                if not is_safe(change, id, made, frozenset()):
+                    raise _MovedError(f"the base of {id.short} is not stored")
             lost, replaced = _lost_name(change, bundle)
             rescue = Move(lost, change.ref(lost), bundle.root)
             publication = Publication(
@@ -409,7 +427,7 @@ class _Ingestion:
                 annotations=() if bundle.lost else bundle.annotations,
             )
             try:
-                won = enter(change, publication, sealed, checked.made, frozenset(), replaced)
+                won = enter(change, publication, sealed, made, frozenset(), replaced)
             except StorageError as error:
                 if error.path is not None:  # the disk's, and no fault of the bundle
                     raise

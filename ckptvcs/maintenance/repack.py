@@ -136,7 +136,7 @@ def renew(
         old = []
         for name, use in sorted(compaction.usage(store).items()):
             try:
-                if use.records and store.disk.changed_ns(store.layout.pack(name)) < limit:
+                if use.records and store.disk.modified_ns(store.layout.pack(name)) < limit:
                     old.append((name, use.bytes))
             except FileNotFoundError:
                 report.problems.append(f"the pack {store.layout.pack(name)} is missing")
@@ -145,7 +145,7 @@ def renew(
         if dry_run:
             return report
         for path in (store.layout.format, store.layout.config, store.layout.journal, store.layout.ignore):
-            if store.disk.exists(path) and store.disk.changed_ns(path) < limit:
+            if store.disk.exists(path) and store.disk.modified_ns(path) < limit:
                 store.disk.touch(path)
         report.freed = before - _bytes(store)
     return report

@@ -17,6 +17,7 @@ import pytest
 from ckptvcs import CkptError, ConflictError, LockedError, ObjectId, Repo
 from ckptvcs.companion import Channel, SharedMemory
 from ckptvcs.disk import Disk
+from ckptvcs.maintenance.rewriting import Rewriter
 from ckptvcs.opened import Opened
 from ckptvcs.store import Store
 from ckptvcs.store.format import HEADER_BYTES, PackName
@@ -573,3 +574,105 @@ def test_undelete_and_pins(kill: Kill) -> None:
         assert len(repo.pins()) in {0: (0,), 1: (0, 1), 2: (1,), 3: (1,)}[said]
 
     kill(operate, judge, prepare=prepare, least=15)
+
+
+def drifting(number: int) -> dict[str, Any]:
+    """A state in a line of differences: one tensor that changes a little, and one that does not."""
+    weights = np.random.default_rng(3).standard_normal(3000).astype(np.float32)
+    weights[:: number + 2] += np.float32(number) / 4096
+    return {"w": weights, "frozen": noise(5, 900), "step": number}
+
+
+@pytest.fixture
+def line(scratch: Path) -> Path:
+    """Four commits at level small."""
+    folder = scratch / "line"
+    folder.mkdir()
+    with Repo.init(folder, compression="small") as repo:
+        for number in range(4):
+            repo.commit(drifting(number), step=number)
+    return folder
+
+
+def kill_upkeep(
+    start: Path,
+    scratch: Path,
+    covered: Callable[[str], None],
+    operate: Callable[[Repo], object],
+    check: Callable[[Repo], None],
+    *,
+    least: int,
+) -> None:
+    """Kill what rewrites a repository at each of its steps. All commits stay readable, nothing stays behind,
+    and done again it is as if nothing had happened."""
+
+    def act(folder: Path, disk: KillingDisk, acknowledge: Acknowledge) -> None:
+        with opened(folder, disk) as repo:
+            operate(repo)
+            acknowledge("done")
+
+    def judge(folder: Path, killed: Killed) -> None:
+        for again in (False, True):
+            with opened(folder) as repo:
+                if again:
+                    operate(repo)
+                if again or killed.acknowledged:
+                    sound(repo)
+                check(repo)
+        with opened(folder) as repo:
+            repo.gc(grace=0)
+            assert repo.gc(grace=0, dry_run=True).disk == 0, "one collection is enough"
+            sound(repo)
+        shutil.rmtree(folder / ".ckpt" / "meta")
+        with opened(folder) as repo:
+            sound(repo)
+            check(repo)
+
+    kills = kill_at_every_step(start, scratch, act, judge)
+    covered(f"killed at each of {kills} steps")
+    assert kills >= least
+
+
+def all_there(repo: Repo) -> None:
+    """The four commits are exact."""
+    for number in range(4):
+        exact(repo.checkout(f"main@step:{number}"), drifting(number))
+
+
+def test_repack_to_the_smallest(line: Path, scratch: Path, covered: Callable[[str], None]) -> None:
+    kill_upkeep(line, scratch, covered, lambda repo: repo.repack(smallest=True), all_there, least=25)
+
+
+def test_renewing_old_packs(line: Path, scratch: Path, covered: Callable[[str], None]) -> None:
+    for path in (line / ".ckpt").rglob("*"):
+        if path.suffix == ".pack" or path.name in ("format", "refs.journal"):
+            os.utime(path, (10**9, 10**9))
+    kill_upkeep(line, scratch, covered, lambda repo: repo.repack(older_than="9d"), all_there, least=15)
+
+
+def test_repair_of_a_pack_without_its_end(line: Path, scratch: Path, covered: Callable[[str], None]) -> None:
+    """A pack without its footer, and a damaged record of which there is a copy."""
+    with Repo.open(line) as repo:
+        tip = repo.resolve("main").tree
+        with repo._store.collecting(), Rewriter(repo._store) as rewriter:
+            with repo._store.snapshot() as snapshot:
+                row = snapshot.row(tip)
+            assert row is not None
+            rewriter.copy(tip, row)
+            rewriter.publish()
+        with repo._store.snapshot() as snapshot:
+            row = snapshot.row(tip)
+        assert row is not None
+        damaged = repo._store.layout.pack(row.pack)
+    first = next(path for path in (line / ".ckpt" / "packs").rglob("*.pack") if path != damaged)
+    for path, at in ((damaged, row.offset + 110), (first, first.stat().st_size - 3)):
+        path.chmod(0o644)
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+
+    def check(repo: Repo) -> None:
+        for number in range(3):
+            exact(repo.checkout(f"main@step:{number}"), drifting(number))
+
+    kill_upkeep(line, scratch, covered, lambda repo: repo.fsck(full=True, repair=True), check, least=25)

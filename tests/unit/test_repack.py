@@ -249,6 +249,29 @@ def test_a_writer_whose_base_became_deeper(folder: Path, monkeypatch: pytest.Mon
         sound(repo, len(line))
 
 
+def test_a_bundle_whose_base_became_deeper(folder: Path) -> None:
+    """What was committed without the index before is taken up whole."""
+    with Repo.init(folder, compression="small") as repo:
+        repo.commit({"w": walk(0), "step": 0}, step=0)
+        with Repo.open(folder, "side", index_free=True) as far:
+            far.restore({}, "main", strict=False)
+            for step in (1, 2, 3):
+                far.commit({"w": walk(step, seed=7) + np.float32(1e-4)}, step=step)
+        for step in range(1, MAX_DEPTH + 1):
+            repo.commit({"w": walk(step), "step": step}, step=step)
+        line = [chunk_of(repo, f"main@step:{step}") for step in range(MAX_DEPTH + 1)][::-1]
+        assert turn_round(repo, line) == len(line)
+        report = repo.ingest()
+        assert (len(report.ingested), report.quarantined) == (3, [])
+        for step in (1, 2, 3):
+            back = repo.checkout(f"side@step:{step}")["w"]
+            assert np.array_equal(back, walk(step, seed=7) + np.float32(1e-4))
+        assert [rows(repo)[chunk_of(repo, f"side@step:{step}")].depth for step in (1, 2, 3)] == [0, 1, 2]
+        sound(repo, len(line))
+        repo.gc(0)
+        sound(repo, len(line))
+
+
 def test_a_group_is_pointed_anew_together_or_not_at_all(folder: Path) -> None:
     with Repo.init(folder, compression="small") as repo:
         for step in range(4):
