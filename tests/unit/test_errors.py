@@ -39,7 +39,6 @@ EXAMPLES: list[CkptError] = [
     errors.InvalidError("bad", code="bad-name"),
     errors.AmbiguousError("ab fits two commits"),
     errors.UnsupportedStateError([("model/x", "a function"), ("", "a lambda")]),
-    errors.MergeConflictError([("step", "1 or 2")]),
     errors.StateMismatchError(["a"], ["b", "c"], ["d"]),
     errors.ConflictError("moved", rescued="refs/lost/main/12345678"),
     errors.LineageError("wrong parent", hint="use branch=", rescued=None),
@@ -47,6 +46,7 @@ EXAMPLES: list[CkptError] = [
     errors.CorruptionError("bad bytes", path="/p", offset=12, id="ab"),
     errors.FormatError("too new", hint="use a newer ckptvcs"),
     errors.StorageError("full", path="/p", errno=errno.ENOSPC, code="disk-full"),
+    errors.MergeConflictError([("step", "1 or 2")]),
 ]
 
 
