@@ -50,7 +50,7 @@ MERGEABLE: Final = frozenset(
 """dtypes of numbers that an average can be rounded to."""
 
 _PARALLEL: Final = 0.9995
-_PIECE: Final = 1 << 19
+_NUMBERS: Final = 1 << 16
 """Elements looked at at a time to find an angle."""
 
 _Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -208,12 +208,13 @@ def cosine(reader: ObjectReader, one: StoredTensor, other: StoredTensor) -> floa
     assert read is not None
     streams = Stream(reader, one.content), Stream(reader, other.content)
     measure = Measure(spec.nbytes // spec.item, same_dtype=True)
-    step = _PIECE * spec.item
-    for start in range(0, spec.nbytes, step):
-        parts = [read(stream.read(start, min(start + step, spec.nbytes))) for stream in streams]
-        if not all(np.isfinite(part.wide).all() for part in parts):
-            return None
-        measure.add(*parts)
+    step = _NUMBERS * spec.item
+    for pieces in zip(*(stream.pieces() for stream in streams), strict=True):
+        for start in range(0, len(pieces[0]), step):
+            one_part, other_part = (read(memoryview(piece)[start : start + step]) for piece in pieces)
+            if not (np.isfinite(one_part.wide).all() and np.isfinite(other_part.wide).all()):
+                return None
+            measure.add(one_part, other_part)
     return measure.distance().cosine
 
 

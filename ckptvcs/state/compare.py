@@ -16,7 +16,10 @@ from ckptvcs.state.distance import Distance, Measure, widening
 from ckptvcs.state.formats.layout import Plain
 
 _PIECE: Final = 1 << 22
-"""Bytes computed with at a time of each side. As float64 a piece of float8 takes eight times that."""
+"""Bytes of each side compared at a time."""
+
+_NUMBERS: Final = 1 << 16
+"""Elements computed with at a time, as float64: few enough to stay in a processor's cache."""
 
 _READ: Final = 1 << 24
 """Bytes read at a time of each side, if they lie in chunks: enough for several threads."""
@@ -212,20 +215,18 @@ def _distance(old: Dense, new: Dense, differing: list[_Run], equal: list[_Run]) 
     if one is None or other is None:
         return None
     measure = Measure(math.prod(old.shape), old.dtype == new.dtype)
-    step = max(1, _PIECE // max(old.item, new.item, 8))
     spans = [(start // old.item, stop // old.item) for start, stop in differing]
-    for before, after in zip(_pieces(old, spans, step), _pieces(new, spans, step), strict=True):
+    for before, after in zip(_pieces(old, spans), _pieces(new, spans), strict=True):
         measure.add(one(before), other(after))
-    for both in _pieces(old, [(start // old.item, stop // old.item) for start, stop in equal], step):
+    for both in _pieces(old, [(start // old.item, stop // old.item) for start, stop in equal]):
         measure.add_equal(one(both))
     return measure.distance()
 
 
-def _pieces(tensor: Dense, spans: list[_Run], step: int) -> Iterator[memoryview]:
-    """The bytes of elements [start, stop) of each span, `step` elements at a time."""
-    item, read, ahead = tensor.item, tensor.opened(), step
-    if tensor.cells is not None:
-        ahead = max(1, _READ // (step * item)) * step
+def _pieces(tensor: Dense, spans: list[_Run]) -> Iterator[memoryview]:
+    """The bytes of elements [start, stop) of each span, `_NUMBERS` elements at a time."""
+    item, read, step = tensor.item, tensor.opened(), _NUMBERS
+    ahead = max(1, (_PIECE if tensor.cells is None else _READ) // (step * item)) * step
     for first, last in spans:
         for at in range(first, last, ahead):
             until = min(at + ahead, last)

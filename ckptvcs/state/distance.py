@@ -137,12 +137,14 @@ class Measure:
             differs = (a != b) & ~(np.isnan(a) & np.isnan(b))
         self._seen += len(a)
         self._changed += int(np.count_nonzero(differs))
-        finite = np.isfinite(a) & np.isfinite(b)
-        if not finite.all():
+        a_most, b_most = _most(a), _most(b)
+        if not math.isfinite(a_most + b_most):
+            finite = np.isfinite(a) & np.isfinite(b)
             self._not_finite += int(np.count_nonzero(differs & ~finite))
             a, b = np.where(finite, a, 0), np.where(finite, b, 0)
-        a, a_power = _scaled(a)
-        b, b_power = _scaled(b)
+            a_most, b_most = _most(a), _most(b)
+        a, a_power = _scaled(a, a_most)
+        b, b_power = _scaled(b, b_most)
         self._take(self._old, a, a, 2 * a_power)
         self._take(self._new, b, b, 2 * b_power)
         self._take(self._both, a, b, a_power + b_power)
@@ -152,15 +154,19 @@ class Measure:
             power = max(a_power, b_power)
             moved = np.ldexp(b, b_power - power) if b_power != power else b
             moved = moved - (np.ldexp(a, a_power - power) if a_power != power else a)
-        size = np.abs(moved)
-        self._largest = max(self._largest, _times(float(size.max(initial=0.0)), power))
-        size, more = _scaled(size)
-        self._take(self._moved, size, size, 2 * (power + more))
+        if moved.dtype.kind == "c":
+            moved = np.abs(moved)
+        most = _most(moved)
+        self._largest = max(self._largest, _times(most, power))
+        moved, more = _scaled(moved, most)
+        self._take(self._moved, moved, moved, 2 * (power + more))
 
     def add_equal(self, numbers: Numbers) -> None:
         """Elements that both sides have."""
-        finite = np.isfinite(numbers.wide)
-        a, power = _scaled(numbers.wide if finite.all() else np.where(finite, numbers.wide, 0))
+        a = numbers.wide
+        if not math.isfinite(_most(a)):
+            a = np.where(np.isfinite(a), a, 0)
+        a, power = _scaled(a, _most(a))
         self._seen += len(a)
         for total in (self._old, self._new, self._both):
             self._take(total, a, a, 2 * power)
@@ -198,9 +204,14 @@ class Measure:
         )
 
 
-def _scaled(numbers: _Array) -> tuple[_Array, int]:
+def _most(numbers: _Array) -> float:
+    """The largest absolute value, of complex numbers that of their parts; nan if one is."""
+    parts = numbers.view(np.float64)
+    return max(float(parts.max()), -float(parts.min())) if parts.size else 0.0
+
+
+def _scaled(numbers: _Array, most: float) -> tuple[_Array, int]:
     """The numbers times two to the minus `power`, so that they can be squared; and that power."""
-    most = float(np.abs(numbers.view(np.float64)).max(initial=0.0))
     if _SMALL <= most <= _LARGE or not most:
         return numbers, 0
     power = -_DOWN if most > _LARGE else -_UP

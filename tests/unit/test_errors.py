@@ -16,7 +16,6 @@ TREE: dict[str, tuple[tuple[str, ...], str]] = {
     "CkptError": (("Exception",), "error"),
     "NotFoundError": (("CkptError", "KeyError"), "not-found"),
     "NoRepositoryError": (("NotFoundError",), "no-repository"),
-    "DroppedError": (("NotFoundError",), "dropped"),
     "ExistsError": (("CkptError", "FileExistsError"), "exists"),
     "InvalidError": (("CkptError", "ValueError"), "invalid"),
     "AmbiguousError": (("InvalidError",), "ambiguous"),
@@ -40,7 +39,6 @@ EXAMPLES: list[CkptError] = [
     errors.InvalidError("bad", code="bad-name"),
     errors.AmbiguousError("ab fits two commits"),
     errors.UnsupportedStateError([("model/x", "a function"), ("", "a lambda")]),
-    errors.MergeConflictError([("step", "1 or 2")]),
     errors.StateMismatchError(["a"], ["b", "c"], ["d"]),
     errors.ConflictError("moved", rescued="refs/lost/main/12345678"),
     errors.LineageError("wrong parent", hint="use branch=", rescued=None),
@@ -48,7 +46,7 @@ EXAMPLES: list[CkptError] = [
     errors.CorruptionError("bad bytes", path="/p", offset=12, id="ab"),
     errors.FormatError("too new", hint="use a newer ckptvcs"),
     errors.StorageError("full", path="/p", errno=errno.ENOSPC, code="disk-full"),
-    errors.DroppedError("gone", hint="look there", commit="ab", names=["optimizer"], nearest="cd"),
+    errors.MergeConflictError([("step", "1 or 2")]),
 ]
 
 
