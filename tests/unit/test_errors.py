@@ -16,6 +16,7 @@ TREE: dict[str, tuple[tuple[str, ...], str]] = {
     "CkptError": (("Exception",), "error"),
     "NotFoundError": (("CkptError", "KeyError"), "not-found"),
     "NoRepositoryError": (("NotFoundError",), "no-repository"),
+    "DroppedError": (("NotFoundError",), "dropped"),
     "ExistsError": (("CkptError", "FileExistsError"), "exists"),
     "InvalidError": (("CkptError", "ValueError"), "invalid"),
     "AmbiguousError": (("InvalidError",), "ambiguous"),
@@ -46,6 +47,7 @@ EXAMPLES: list[CkptError] = [
     errors.CorruptionError("bad bytes", path="/p", offset=12, id="ab"),
     errors.FormatError("too new", hint="use a newer ckptvcs"),
     errors.StorageError("full", path="/p", errno=errno.ENOSPC, code="disk-full"),
+    errors.DroppedError("gone", hint="look there", commit="ab", names=["optimizer"], nearest="cd"),
     errors.MergeConflictError([("step", "1 or 2")]),
 ]
 
