@@ -90,7 +90,7 @@ def merge(
     tags: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Average states, tensor by tensor, into a commit that has all of them as parents.
+    """Average states into a commit that has them as parents.
 
     The first commit must be the tip of the branch, unless --branch names a new one. One REV alone is merged
     into the tip. No state is ever held in memory.
@@ -151,7 +151,7 @@ def cherry_pick(
     tags: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Put parts of one commit's state on top of another's: its optimizer under these weights.
+    """Put parts of one commit's state on top of another's.
 
     Parts go by their ids: no tensor is read or written. Both commits become parents.
 
