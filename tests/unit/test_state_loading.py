@@ -12,6 +12,7 @@ from ckptvcs.state import tree
 from ckptvcs.state.restore import fill
 from ckptvcs.testing.memory import MemoryStore
 from ckptvcs.testing.same import difference
+from tests.peaks import PEAK
 
 torch = pytest.importorskip("torch")
 nn, schedulers = torch.nn, torch.optim.lr_scheduler
@@ -357,27 +358,26 @@ def test_parameters_and_moments_are_read_into_where_they_are():
     assert difference(model.state_dict(), other.state_dict()) is None
 
 
-MEMORY = """
-import resource, sys, torch
+MEMORY = f"""
+{PEAK}
+import torch
 from ckptvcs import Repo
 
 model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000, bias=False) for _ in range(30)))
 optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-state = {"m": model, "o": optimizer}
+state = dict(m=model, o=optimizer)
 warm = sys.argv[2] != "fresh"
 if warm:
     for parameter in model.parameters():
-        moments = {key: torch.full_like(parameter, 0.5) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+        moments = dict((key, torch.full_like(parameter, 0.5)) for key in ("exp_avg", "exp_avg_sq"))
+        optimizer.state[parameter] = dict(step=torch.tensor(1.0), **moments)
 if sys.argv[2] == "write":
     Repo.init(sys.argv[1], compression="fast").commit(state)
     sys.exit()
 repo = Repo.open(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 repo.restore(state)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-unit = 1 if sys.platform == "darwin" else 1024
-print((after - before) * unit)
+print(peak() - before)
 """
 
 
@@ -391,7 +391,7 @@ def test_restoring_takes_no_second_copy(tmp_path):
     whole = 3 * 30 * 4_000_000
     assert int(run("warm")) < 0.2 * whole
     # Moments that are not there yet are made once.
-    assert int(run("fresh")) < whole * 2 / 3 + 0.2 * whole
+    assert whole / 2 < int(run("fresh")) < whole * 2 / 3 + 0.2 * whole
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
