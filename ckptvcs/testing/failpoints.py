@@ -187,16 +187,18 @@ Operate: TypeAlias = Callable[[Path, KillingDisk, Acknowledge], None]
 Check: TypeAlias = Callable[[Path, Killed], None]
 
 
-def kill_at_every_step(start: Path, scratch: Path, operate: Operate, check: Check, *, every: int = 1) -> int:
+def kill_at_every_step(
+    start: Path, scratch: Path, operate: Operate, check: Check, *, first: int = 1, every: int = 1
+) -> int:
     """Run `operate(folder, disk, acknowledge)` in a child, on a copy of `start`, and once more for each of
     its steps, killed there; and `check(folder, killed)` what each has left. Returns the number of kills.
 
     The first child is not killed: it tells how many steps there are at the least, and its end is checked as
     well. A step that only a later child reaches is killed too, so it does not matter that names, times and
-    turns of threads differ from run to run. With `every` only each n-th step is taken.
+    turns of threads differ from run to run. With `every` only each n-th step is taken, from the `first` on.
     """
     _one(start, scratch, operate, check, 0)
-    at, kills = 1, 0
+    at, kills = first, 0
     while True:
         killed = _one(start, scratch, operate, check, at)
         if not killed:

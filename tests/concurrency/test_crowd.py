@@ -1,4 +1,4 @@
-"""A crowd on one repository: twenty committers, a collector, threads, forked workers, and kills at random.
+"""A crowd on one repository: twenty committers, a collector, a policy, threads, forked workers, kills.
 
 Nobody is refused because somebody else works: every committer waits for its turn, or loses a race for a ref
 and is told where its commit is kept. A child that raises anything else fails the test.
@@ -21,6 +21,8 @@ from ckptvcs import ConflictError, LockedError, NotFoundError, Repo
 from tests.concurrency.processes import Child, exact, state_of
 
 Say = Callable[[Any], None]
+RETAINED = "own3a"
+"""The branch of which a policy keeps two commits."""
 
 
 def own_branch(place: Path, name: str, count: int) -> Callable[[Say], None]:
@@ -115,7 +117,7 @@ def racer(place: Path, name: str, count: int) -> Callable[[Say], None]:
 
 
 def collector(place: Path, stop: Path) -> Callable[[Say], None]:
-    """Collects without an undo window until told to stop."""
+    """Collects without an undo window, and keeps two commits of one branch, until told to stop."""
 
     def work(say: Say) -> None:
         runs = 0
@@ -124,6 +126,8 @@ def collector(place: Path, stop: Path) -> Callable[[Say], None]:
                 try:
                     assert repo.gc(grace=0).problems == []
                     runs += 1
+                    if RETAINED in repo.branches():
+                        repo.retain(RETAINED, keep_last=2)
                 except LockedError:  # one that was killed has children that still let go of its lock
                     time.sleep(0.01)
         say(["collected", runs])
@@ -189,8 +193,14 @@ def crowd(place: Path, count: int, kills: int, seed: int) -> str:
         assert sorted(each for each in repo.branches() if not each.startswith("brief")) == sorted(
             [*branches, "race"]
         )
+        dropped = 0
         for name, number, rev, *_ in made:
-            exact(repo.checkout(rev), state_of(name, number))
+            if repo.dropped(rev) is None:
+                exact(repo.checkout(rev), state_of(name, number))
+            else:
+                assert name == RETAINED
+                assert number < count - 2
+                dropped += 1
         for name in branches:
             assert [commit.step for commit in repo.log(name)] == list(range(count))[::-1]
         assert len(raced) == 4 * count
@@ -208,7 +218,8 @@ def crowd(place: Path, count: int, kills: int, seed: int) -> str:
     assert runs > 0
     return (
         f"16 processes on their own branches, 4 on one, {people.kills} of them killed, {runs} collections: "
-        f"{len(made)} acknowledged commits exact, {len(lost)} of them under lost/, seed {seed}"
+        f"{len(made)} acknowledged commits exact, {len(lost)} of them under lost/, {dropped} dropped by a "
+        f"policy, seed {seed}"
     )
 
 

@@ -1,15 +1,19 @@
-"""SIGKILL between any two steps of every operation that has several, and what must be there afterwards."""
+"""SIGKILL between any two steps of every operation that has several, and what must be there afterwards.
+
+Operations that only a whole repository has are cut off by power cuts here, too.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
+import random
 import shutil
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pytest
@@ -22,10 +26,17 @@ from ckptvcs.opened import Opened
 from ckptvcs.store import Store
 from ckptvcs.store.format import HEADER_BYTES, PackName
 from ckptvcs.store.index_free import IndexFreeStore
+from ckptvcs.testing.crashes import CrashState, RecordingDisk, crash_states, explore
 from ckptvcs.testing.failpoints import Acknowledge, Killed, KillingDisk, kill_at_every_step
 from tests.concurrency.processes import exact
 from tests.crash.stores import create, noise, put_commit
 
+_LONG = "CKPT_TEST_LONG" in os.environ
+_STRIDE = 1 if _LONG else 3
+"""Each n-th step is killed. Where it begins is drawn anew in each run."""
+_SHARE = 1 if _LONG else 6
+"""One in so many of the states that a power cut may leave is looked at."""
+SEED = 20_261_125
 Say = Callable[[str], None]
 Operate = Callable[[Repo, Acknowledge], None]
 Judge = Callable[[Repo, Killed], None]
@@ -67,8 +78,8 @@ def start(scratch: Path) -> Path:
     return folder
 
 
-class Kill(Protocol):
-    """Kill an operation of a handle at each of its steps, and check what is left."""
+class BreakOff(Protocol):
+    """Break an operation of a handle off at each of its steps, and check what is left."""
 
     def __call__(
         self, operate: Operate, judge: Judge = ..., *, prepare: Callable[[Repo], None] = ..., least: int
@@ -80,8 +91,8 @@ def nothing(*_: object) -> None:
 
 
 @pytest.fixture
-def kill(scratch: Path, start: Path, covered: Say) -> Kill:
-    """`Kill`, for a handle on main in a copy of `start`."""
+def kill(scratch: Path, start: Path, covered: Say) -> BreakOff:
+    """By a kill, for a handle on main in a copy of `start`."""
 
     def run(
         operate: Operate, judge: Judge = nothing, *, prepare: Callable[[Repo], None] = nothing, least: int
@@ -93,11 +104,63 @@ def kill(scratch: Path, start: Path, covered: Say) -> Kill:
             with opened(folder, disk) as repo:
                 operate(repo, acknowledge)
 
-        kills = kill_at_every_step(start, scratch, act, lambda folder, killed: whole(folder, killed, judge))
-        covered(f"killed at each of {kills} steps")
-        assert kills >= least
+        kill_everywhere(start, scratch, act, judge, covered, least)
 
     return run
+
+
+def kill_everywhere(
+    start: Path,
+    scratch: Path,
+    operate: Callable[[Path, KillingDisk, Acknowledge], None],
+    judge: Judge,
+    covered: Say,
+    least: int,
+    before: Callable[[Path, Killed], None] = nothing,
+) -> None:
+    """Kill an operation at its steps, of which there are `least`: at each third one, or at all."""
+    first = random.SystemRandom().randint(1, _STRIDE)
+
+    def check(folder: Path, killed: Killed) -> None:
+        before(folder, killed)
+        whole(folder, killed, judge)
+
+    kills = kill_at_every_step(start, scratch, operate, check, first=first, every=_STRIDE)
+    which = "each step" if _STRIDE == 1 else f"each {_STRIDE}th step, from {first} on"
+    covered(f"{kills} kills, at {which}")
+    assert (kills + 1) * _STRIDE > least
+
+
+@pytest.fixture
+def cut(scratch: Path, start: Path, covered: Say) -> BreakOff:
+    """By a power cut, of which each has many outcomes."""
+
+    def run(
+        operate: Operate, judge: Judge = nothing, *, prepare: Callable[[Repo], None] = nothing, least: int
+    ) -> None:
+        with opened(start) as repo:
+            prepare(repo)
+        disk = RecordingDisk(start)
+        with opened(start, disk) as repo:
+            operate(repo, disk.acknowledge)
+
+        def check(folder: Path, state: CrashState) -> None:
+            broken_off = Killed(state.prefix, (state.last,), tuple(map(str, state.acknowledged)))
+            whole(folder, broken_off, judge)
+
+        breadth = {"seed": SEED, "exhaustive": 2, "sample": 1}
+        left = {key for state in crash_states(disk.log, **breadth) if (key := state.key())[0] % _SHARE}
+        explored = explore(disk.log, scratch, check, **breadth, known=left)
+        covered(str(explored))
+        assert explored.checked + len(left) >= least
+
+    return run
+
+
+@pytest.fixture(params=["killed", "cut"])
+def break_off(request: pytest.FixtureRequest) -> BreakOff:
+    """By kills, and by power cuts."""
+    return cast(BreakOff, request.getfixturevalue("kill" if request.param == "killed" else "cut"))
 
 
 def whole(folder: Path, killed: Killed, judge: Judge) -> None:
@@ -168,19 +231,16 @@ def test_init(scratch: Path, covered: Say) -> None:
         create(folder, disk).close()
         acknowledge("created")
 
-    def check(folder: Path, killed: Killed) -> None:
+    def make_again(folder: Path, killed: Killed) -> None:
         if not (folder / ".ckpt").exists():
             assert not killed.acknowledged
             create(folder).close()
         assert os.listdir(folder) == [".ckpt"]
-        whole(folder, killed, nothing)
 
-    kills = kill_at_every_step(nowhere, scratch, operate, check)
-    covered(f"killed at each of {kills} steps")
-    assert kills >= 40
+    kill_everywhere(nowhere, scratch, operate, nothing, covered, 40, before=make_again)
 
 
-def test_commit(kill: Kill) -> None:
+def test_commit(kill: BreakOff) -> None:
     """Several packs, a difference among them. The tip is the old one or the new one."""
 
     def operate(repo: Repo, acknowledge: Acknowledge) -> None:
@@ -197,7 +257,7 @@ def test_commit(kill: Kill) -> None:
     kill(operate, judge, least=80)
 
 
-def test_lost_race(kill: Kill) -> None:
+def test_lost_race(kill: BreakOff) -> None:
     """The commit that lost its race is under lost/, or nowhere."""
 
     def operate(repo: Repo, acknowledge: Acknowledge) -> None:
@@ -214,7 +274,7 @@ def test_lost_race(kill: Kill) -> None:
     kill(operate, judge, least=80)
 
 
-def test_commit_in_the_background(kill: Kill, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_in_the_background(kill: BreakOff, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the writer process that dies, and the one after it too if it gets as far. The trainer is told
     which saves were made, even if the writer died before it could answer, and goes on."""
 
@@ -268,7 +328,7 @@ def forked(disk: Disk) -> Callable[..., Any]:
     return Forked
 
 
-def test_ref_moves(kill: Kill) -> None:
+def test_ref_moves(kill: BreakOff) -> None:
     """Branches, tags and HEAD: each change happened or did not, in order."""
     changes: list[Callable[[Repo], object]] = [
         lambda repo: repo.branch("side", "main~1"),
@@ -303,7 +363,7 @@ def test_ref_moves(kill: Kill) -> None:
     kill(operate, judge, least=30)
 
 
-def test_collection(kill: Kill) -> None:
+def test_collection(kill: BreakOff) -> None:
     """Dead packs, packs that are dead in part, and what a dead writer left: nothing live is lost."""
 
     def prepare(repo: Repo) -> None:
@@ -334,7 +394,7 @@ def test_collection(kill: Kill) -> None:
     kill(operate, judge, prepare=prepare, least=60)
 
 
-def test_expiry_of_lost_commits(kill: Kill, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expiry_of_lost_commits(kill: BreakOff, monkeypatch: pytest.MonkeyPatch) -> None:
     """A collection that first drops names under lost/ which are older than 30 days."""
 
     def prepare(repo: Repo) -> None:
@@ -369,12 +429,10 @@ def test_rebuild(scratch: Path, start: Path, covered: Say, missing: bool) -> Non
             repo.restore({}, strict=False)
             acknowledge(f"3 {repo.commit(state_of(3), step=3).id}")
 
-    kills = kill_at_every_step(start, scratch, operate, lambda folder, killed: whole(folder, killed, nothing))
-    covered(f"killed at each of {kills} steps")
-    assert kills >= 40
+    kill_everywhere(start, scratch, operate, nothing, covered, 40)
 
 
-def test_settings(kill: Kill) -> None:
+def test_settings(kill: BreakOff) -> None:
     """`config.toml` holds the old settings or the new ones."""
 
     def operate(repo: Repo, acknowledge: Acknowledge) -> None:
@@ -389,7 +447,7 @@ def test_settings(kill: Kill) -> None:
     kill(operate, judge, least=15)
 
 
-def test_claims(kill: Kill) -> None:
+def test_claims(kill: BreakOff) -> None:
     """A claim ends with its process, wherever that dies; a branch is taken over whole or not at all."""
 
     def operate(repo: Repo, acknowledge: Acknowledge) -> None:
@@ -413,7 +471,7 @@ def test_claims(kill: Kill) -> None:
     kill(operate, judge, least=80)
 
 
-def test_import(kill: Kill, tmp_path: Path) -> None:
+def test_import(kill: BreakOff, tmp_path: Path) -> None:
     """A branch of a folder of checkpoints, cut off anywhere: done again, it goes on where it stopped."""
     for step in (1, 2, 3):
         np.savez(tmp_path / f"step_{step}.npz", weights=np.arange(300) + step)
@@ -432,7 +490,7 @@ def test_import(kill: Kill, tmp_path: Path) -> None:
     kill(operate, judge, least=80)
 
 
-def test_retention(kill: Kill) -> None:
+def test_retention(break_off: BreakOff) -> None:
     """Content is dropped, freed, and what stays is encoded anew without it. Each commit has all or nothing
     of it, and those that are kept have all."""
 
@@ -456,10 +514,10 @@ def test_retention(kill: Kill) -> None:
         assert kept == {2, 4, 5} or not killed.acknowledged
         exact(repo.checkout("side"), state_of(6))
 
-    kill(operate, judge, prepare=prepare, least=60)
+    break_off(operate, judge, prepare=prepare, least=60)
 
 
-def test_repack(kill: Kill) -> None:
+def test_repack(break_off: BreakOff) -> None:
     """Chunks are encoded anew and packs merged; every commit stays what it is."""
 
     def prepare(repo: Repo) -> None:
@@ -477,7 +535,7 @@ def test_repack(kill: Kill) -> None:
         for number in range(3, 7):
             exact(repo.checkout(f"main~{6 - number}"), smooth(number))
 
-    kill(operate, judge, prepare=prepare, least=40)
+    break_off(operate, judge, prepare=prepare, least=40)
 
 
 def smooth(number: int) -> dict[str, Any]:
@@ -486,7 +544,7 @@ def smooth(number: int) -> dict[str, Any]:
     return {"weights": weights * np.float32(1 + number * 1e-6), "step": number}
 
 
-def test_repair(kill: Kill) -> None:
+def test_repair(break_off: BreakOff) -> None:
     """A damaged record is replaced by its other copy."""
 
     def prepare(repo: Repo) -> None:
@@ -520,7 +578,7 @@ def test_repair(kill: Kill) -> None:
         repo.fsck(full=True, repair=True)
         exact(repo.checkout("main"), {**state_of(3), "rare": state_of(30)})
 
-    kill(operate, judge, prepare=prepare, least=10)
+    break_off(operate, judge, prepare=prepare, least=10)
 
 
 def test_commit_without_the_index_and_ingestion(scratch: Path, start: Path, covered: Say) -> None:
@@ -545,12 +603,10 @@ def test_commit_without_the_index_and_ingestion(scratch: Path, start: Path, cove
         assert repo.lost() == {}
         assert os.listdir(repo._store.layout.quarantine) == []
 
-    kills = kill_at_every_step(start, scratch, operate, lambda folder, killed: whole(folder, killed, judge))
-    covered(f"killed at each of {kills} steps")
-    assert kills >= 100
+    kill_everywhere(start, scratch, operate, judge, covered, 100)
 
 
-def test_undelete_and_pins(kill: Kill) -> None:
+def test_undelete_and_pins(kill: BreakOff) -> None:
     """A deleted branch comes back whole or not at all; a pin holds what it was said to hold."""
 
     def prepare(repo: Repo) -> None:
@@ -676,3 +732,16 @@ def test_repair_of_a_pack_without_its_end(line: Path, scratch: Path, covered: Ca
             exact(repo.checkout(f"main@step:{number}"), drifting(number))
 
     kill_upkeep(line, scratch, covered, lambda repo: repo.fsck(full=True, repair=True), check, least=25)
+
+
+def test_merging_of_small_packs(break_off: BreakOff, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a commit, small packs become one; the commit is there before."""
+    monkeypatch.setattr("ckptvcs.maintenance.merging.MANY", 4)
+
+    def operate(repo: Repo, acknowledge: Acknowledge) -> None:
+        repo.restore({}, strict=False)
+        before = len(list(repo._store.layout.packs.rglob("*.pack")))
+        acknowledge(f"3 {repo.commit(state_of(3), step=3).id}")
+        assert len(list(repo._store.layout.packs.rglob("*.pack"))) < before
+
+    break_off(operate, least=40)

@@ -413,7 +413,7 @@ def compaction_of_several_groups(home: Path) -> Made:
     disk = RecordingDisk(home)
     disk.acknowledge(Promise(known[-1], journalled=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ckptvcs.maintenance.gc.PACK_LIMIT", 2600)
+        patch.setattr("ckptvcs.maintenance.compaction.PACK_LIMIT", 2600)
         with contextlib.closing(open_store(home, disk)) as store:
             done = collect(store, grace=0, dry_run=False, who="test")
             assert done.packs == 4
