@@ -208,11 +208,12 @@ def kill_many(folder: Path, kills: int, seed: str) -> str:
     """Kill a committing child at random moments, again and again; a line of counts."""
     chance = random.Random(seed)
     print(f"kills from {seed!r}")
-    Repo.init(folder).close()
-    known: dict[int, str] = {}
+    with Repo.init(folder) as repo:
+        # Children inherit what this imports, so that they are killed in commits and not in imports.
+        known = {0: str(repo.commit(state_of("k", 0), step=0).id)}
     tags: set[int] = set()
     unsaid = 0
-    number = 0
+    number = 1
     for kill in range(kills):
         child = Child(endless(folder, number))
         assert child.line() == "open"
