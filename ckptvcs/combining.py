@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ckptvcs.committing import Committer
 from ckptvcs.errors import InvalidError
 from ckptvcs.history.commit import Commit
+from ckptvcs.history.drops import Drops
 from ckptvcs.history.graph import History
 from ckptvcs.ids import ObjectId
 from ckptvcs.opened import Opened
@@ -60,10 +61,12 @@ def combine(
     config: Any,
     how: Mapping[str, Any],
     tags: Sequence[str],
+    drops: Drops,
     say: Callable[[str], None] | None,
 ) -> Merged:
     """Commit what `rules` make of commits. Step, epoch and config are those of the first, unless given."""
     from ckptvcs.state import merging
+    from ckptvcs.state.paths import exactly
 
     first = sides[0]
     report: list[MergeReport] = []
@@ -82,6 +85,8 @@ def combine(
             rules,
             bases,
             missing=missing,
+            lost=[drops.of(side.id) or () for side in sides],
+            refuse=lambda side, name: drops.check(sides[side], exactly([name])),
             say=say,
         )
         report.append(done)

@@ -629,7 +629,9 @@ class Repo:
         )
         rules, below, how = recipe.checked(sides, self._opened.history)
         names = ", ".join(side.id.short for side in sides)
-        with self._reading(sides[0]) as reader:
+        with contextlib.ExitStack() as stack:
+            for each in [*sides, *([] if below is None else [below])]:
+                reader = stack.enter_context(self._reading(each, only if each is below else ()))
             return combining.combine(
                 self._open(),
                 self._committer,
@@ -644,6 +646,7 @@ class Repo:
                 config=config,
                 how={"merge": how},
                 tags=tags,
+                drops=self._drops,
                 say=say,
             )
 
@@ -679,7 +682,7 @@ class Repo:
         target, source = self.resolve(onto), self.resolve(rev)
         if target.id == source.id:
             raise InvalidError("both commits are the same")
-        with self._reading(source) as reader:
+        with self._reading(target, ()), self._reading(source, picked) as reader:
             return combining.combine(
                 self._open(),
                 self._committer,
@@ -694,6 +697,7 @@ class Repo:
                 config=None,
                 how={"cherry_pick": {"commit": str(source.id), "only": list(picked)}},
                 tags=tags,
+                drops=self._drops,
                 say=None,
             )
 
@@ -922,7 +926,7 @@ class Repo:
         from ckptvcs.history.diff import diff
 
         before, after = self.resolve(old), self.resolve(new)
-        with self._reading(before), self._reading(after) as reader:
+        with self._reading(before, only), self._reading(after, only) as reader:
             return diff(reader, before, after, self.metrics, only=only, norms=norms, say=say)
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ read back would not fit into one memory: anything else is a conflict.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -100,19 +100,27 @@ def merge(
     bases: Bases | None = None,
     *,
     missing: Callable[[Iterable[ObjectId]], set[ObjectId]] = lambda _: set(),
+    lost: Sequence[Collection[str]] = (),
+    refuse: Callable[[int, str], None] = lambda side, name: None,
     say: Callable[[str], None] | None = None,
 ) -> tuple[trees.Written, MergeReport]:
     """Store the tree that `rules` make of `sides`.
 
-    `missing` says which records are not stored; none of them may be kept. `say` is told the path of each
-    tensor whose numbers are looked at before anything is stored.
+    `missing` says which records are not stored; none of them may be kept. `lost` names components that each
+    side has no more; `refuse` is told a side and a component when it is wanted all the same. `say` is told
+    the path of each tensor whose numbers are looked at before anything is stored.
 
     Raises:
         MergeConflictError: all places at which a side has to be chosen.
         NotFoundError: a pattern matches nothing, or content that was to be kept is gone.
         InvalidError: two patterns want one place from both sides.
     """
-    merging = _Merging(reader, sides, base, rules, say)
+    lost = lost or [()] * len(sides)
+    merging = _Merging(reader, sides, base, rules, lost, say)
+    for side, names in enumerate(lost):
+        for name in names:
+            if merging.wants(side, name):
+                refuse(side, name)
     prepared, sources, report = merging.prepared(writer)
     merging.check(missing)
     written = trees.store(writer, prepared, bases)
@@ -146,6 +154,7 @@ class _Merging:
         sides: Sequence[ObjectId],
         base: ObjectId | None,
         rules: Rules,
+        lost: Sequence[Collection[str]],
         say: Callable[[str], None] | None,
     ) -> None:
         self._reader = reader
@@ -164,14 +173,22 @@ class _Merging:
         self._base: Stored | None = None
         self._contents: list[tuple[str, Content]] = []
         self._in_files = False
-        for tree in sides:
+        for tree, names in zip(sides, lost, strict=True):
             loader = Loader(reader)
             opened, parts = loader.root(tree)
             for part, nodes in self._found.items():
-                there = part in parts
-                nodes.append(loader.node(parts[part], opened, paths.EVERYTHING) if there else None)
+                selection = paths.all_but(names, files=part == "files")
+                nodes.append(loader.node(parts[part], opened, selection) if part in parts else None)
         if base is not None and rules.formula is not None and rules.formula.needs_base:
             self._base = trees.load(reader, base)
+
+    def wants(self, side: int, name: str) -> bool:
+        """Whether the rules take something of a component from a side, or average it."""
+        forced = self._forced(name)
+        if forced is not None:
+            return side == forced
+        averaged = self._rules.formula is not None and (self._only is None or self._only(name))
+        return averaged or side == 0
 
     def check(self, missing: Callable[[Iterable[ObjectId]], set[ObjectId]]) -> None:
         """NotFoundError if something that is kept by its ids is not there."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from ckptvcs.canonical import encode
-from ckptvcs.errors import NotFoundError
+from ckptvcs.errors import CorruptionError, NotFoundError
 from ckptvcs.ids import ObjectId
 from ckptvcs.state import generators, paths
 from ckptvcs.state.build import flat_encoding
@@ -93,7 +93,11 @@ def sides(
         _check(reader, [old], only)
         found.unread = 1
         return found
-    apart = shared_trees(reader, old, new)
+    try:
+        apart = shared_trees(reader, old, new)
+    except CorruptionError:
+        # A part may have been dropped that is not selected. If it is, reading it says so.
+        apart = set()
     loaders = Loader(reader, apart), Loader(reader, apart)
     roots = loaders[0].root(old), loaders[1].root(new)
     walk = _Walk(reader, found)
@@ -204,7 +208,7 @@ class _Walk:
             return
         try:
             names = parameter_names(load(self._reader, tree))
-        except NotFoundError:  # files only
+        except (NotFoundError, CorruptionError):  # files only; or a part was dropped, and names only help
             return
         for path, tensor in side.tensors.items() if names else ():
             side.tensors[path] = replace(tensor, parameter=above(path, names))

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 
 from ckptvcs import (
     ConflictError,
+    DroppedError,
     InvalidError,
     LineageError,
     MergeConflictError,
@@ -32,6 +33,7 @@ from ckptvcs.state import tree
 from ckptvcs.state.averaging import MERGEABLE, formula
 from ckptvcs.state.merging import MergeReport, Rules, merge
 from ckptvcs.store.format import GRIDS
+from ckptvcs.store.journal import Drop
 from ckptvcs.testing.memory import MemoryStore
 from ckptvcs.testing.same import difference
 from ckptvcs.testing.strategies import states
@@ -559,6 +561,35 @@ def test_a_race_is_lost_like_any_other(tmp_path: Path) -> None:
         assert lost.value.rescued in repo.lost()
 
 
+def test_a_collector_beside_a_merge(tmp_path: Path) -> None:
+    """What it takes while a merge is being made is not referred to: the merge is refused, or all is there."""
+    repo, _, one, other = two_branches(tmp_path)
+    with repo, Repo.open(tmp_path) as second:
+
+        def collect(_: str) -> None:
+            second.delete_branch("side", force=True)
+            assert second.gc(grace=0).commits == 1
+
+        with pytest.raises(NotFoundError, match="was deleted while it was being read"):
+            repo.merge(one, other, prefer="theirs", strategy="slerp", say=collect)
+        assert repo.resolve("main").id == one
+        assert repo.fsck(full=True).problems == []
+
+    with Repo.init(tmp_path / "again") as repo, Repo.open(tmp_path / "again") as second:
+        state = {"w": np.ones(300), "kept": np.arange(400.0)}
+        repo.commit(state)
+        repo.on("side").commit({**state, "w": np.full(300, 3.0)})
+        repo.on("waste").commit({"x": np.arange(999.0)})
+
+        def collect_waste(_: str) -> None:
+            second.delete_branch("waste", force=True)
+            assert second.gc(grace=0).commits == 1
+
+        made = repo.merge("main", "side", strategy="slerp", say=collect_waste)
+        assert difference({**state, "w": np.full(300, 2.0)}, repo.checkout(made.commit)) is None
+        assert repo.fsck(full=True).problems == []
+
+
 def test_cherry_pick_takes_the_optimizer_of_another_run(tmp_path: Path) -> None:
     model = torch.nn.Linear(30, 30)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -609,6 +640,47 @@ def test_files_beside_states(tmp_path: Path) -> None:
         assert (tmp_path / "out" / "t").read_text() == "b.txt" * 300
         assert (tmp_path / "out" / "same" / "m.pt").read_bytes() == (tmp_path / "m.pt").read_bytes()
         assert repo.resolve(one).sizes == made.sizes
+
+
+def test_parts_that_retention_took(tmp_path: Path) -> None:
+    """They are missed only where they are wanted, and then it is said."""
+
+    def state(n: float) -> Any:
+        many = {f"k{i}": np.full(100, n + i) for i in range(200)}
+        return {"model": {"w": np.full(300, n)}, "optimizer": many, "step": 1}
+
+    with Repo.init(tmp_path) as repo:
+        thin = repo.commit(state(1.0))
+        gone = repo.commit(state(2.0))
+        full = repo.commit(state(3.0))
+        repo.record([Drop(thin.id, ("optimizer",)), Drop(gone.id, ())], "drop")
+        repo.gc(grace=0)
+        onto = repo.on("onto").cherry_pick(full, "optimizer", onto=thin)
+        wanted = {"model": state(1.0)["model"], "step": 1, "optimizer": state(3.0)["optimizer"]}
+        assert difference(wanted, repo.checkout(onto.commit)) is None  # what was not there comes last
+        taken = repo.on("taken").cherry_pick(thin, "model", onto=full)
+        assert difference({**state(3.0), "model": state(1.0)["model"]}, repo.checkout(taken.commit)) is None
+        mean = repo.on("mean").merge(full, thin, only="model")
+        assert difference({**state(3.0), "model": state(2.0)["model"]}, repo.checkout(mean.commit)) is None
+        for number, call in enumerate(
+            (
+                lambda branch: branch.merge(thin, full, only="model"),
+                lambda branch: branch.merge(full, thin),
+                lambda branch: branch.merge(full, thin, only="model", theirs="optimizer"),
+                lambda branch: branch.cherry_pick(thin, "optimizer", onto=full),
+                lambda branch: branch.cherry_pick(gone, "model", onto=full),
+                lambda branch: branch.merge(
+                    full, onto.commit, only="optimizer", strategy="task-arithmetic", base=thin
+                ),
+            )
+        ):
+            with pytest.raises(DroppedError, match="retention took"):
+                call(repo.on(f"refused{number}"))
+        assert [c.path for c in repo.diff(thin, full, only="model").comparison.changes] == ["model/w"]
+        for only in (None, "optimizer", "optimizer/k7"):
+            with pytest.raises(DroppedError, match="retention took the optimizer"):
+                repo.diff(thin, full, only=only)
+        assert repo.fsck(full=True).problems == []
 
 
 def test_content_that_is_gone_is_not_kept(tmp_path: Path) -> None:
