@@ -126,7 +126,7 @@ def kill_everywhere(
         whole(folder, killed, judge)
 
     kills = kill_at_every_step(start, scratch, operate, check, first=first, every=_STRIDE)
-    which = "each step" if _STRIDE == 1 else f"each {_STRIDE}th step, from {first} on"
+    which = "each step" if _STRIDE == 1 else f"one step in {_STRIDE}, from {first} on"
     covered(f"{kills} kills, at {which}")
     assert (kills + 1) * _STRIDE > least
 

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import re
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,6 +79,12 @@ class Scenario:
         home = scratch / "home"
         home.mkdir()
         with pytest.MonkeyPatch.context() as patch:
+            # Names of packs decide which of them share a folder, and so what has to be synced.
+            leases = itertools.count(1)
+            patch.setattr(
+                "ckptvcs.store.leases.uuid.uuid4",
+                lambda: uuid.UUID(bytes=bytes([next(leases) * 40 % 256]) * 16),
+            )
             if self.section_bytes is not None:
                 patch.setattr("ckptvcs.store.writer._SECTION_BYTES", self.section_bytes)
             return self.run(home)
