@@ -15,13 +15,17 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from ckptvcs import Repo
 from ckptvcs.disk import Disk
 from ckptvcs.errors import CkptError
 from ckptvcs.ids import ObjectId
 from ckptvcs.maintenance.gc import collect
+from ckptvcs.opened import Opened
 from ckptvcs.store import Move, Store
 from ckptvcs.testing.crashes import (
     Acknowledged,
@@ -33,6 +37,7 @@ from ckptvcs.testing.crashes import (
     crash_states,
     explore,
 )
+from ckptvcs.testing.same import difference
 from tests.crash.stores import (
     MAIN,
     Commit,
@@ -426,6 +431,87 @@ def compaction_of_several_groups(home: Path) -> Made:
             assert done.packs == 4
             disk.acknowledge("collected")
     return disk, check_repository(known)
+
+
+def drifting(home: Path, count: int) -> list[dict[str, Any]]:
+    """A repository with a line of differences, a commit for each state."""
+    states = []
+    with Repo.init(home, compression="small") as repo:
+        weights = np.random.default_rng(3).standard_normal(3000).astype(np.float32)
+        for number in range(count):
+            weights = weights.copy()
+            weights[: 1000 * number] = 0  # so that the chain is better turned round
+            states.append({"w": weights, "frozen": np.frombuffer(noise(5, 900), np.uint8), "step": number})
+            repo.commit(states[-1], step=number)
+    return states
+
+
+def handle(folder: Path, disk: Disk | None = None) -> Repo:
+    """A handle that goes through a disk of the test's."""
+    return Repo(Opened(Store.open(folder / ".ckpt", disk or Disk(), threads=1), "test"), "main", owner=True)
+
+
+def check_states(
+    states: list[dict[str, Any]], operate: Callable[[Repo], object], kept: bytes | None = None
+) -> Check:
+    """A checker: every state is exact; done again it ends well, and a collection leaves nothing behind. In
+    the end a file with the bytes to be `kept`, if any, is in quarantine, also if the index is lost."""
+
+    def check(folder: Path, state: CrashState) -> None:
+        without = folder.with_name(folder.name + "-without-index")
+        without.mkdir()
+        state.materialise(without)
+        shutil.rmtree(without / ".ckpt" / "meta")
+        for each in (folder, without) if kept else (folder,):
+            with handle(each) as repo:
+                exact(repo)
+                operate(repo)
+                exact(repo)
+                report = repo.fsck(full=True)
+                assert report.ok, report.problems
+                repo.gc(grace=0)
+                assert repo.gc(grace=0, dry_run=True).disk == 0, "one collection is enough"
+                exact(repo)
+            aside = [path.read_bytes() for path in (each / ".ckpt" / "quarantine").iterdir()]
+            assert kept is None or kept in aside
+        shutil.rmtree(without)
+
+    def exact(repo: Repo) -> None:
+        for number, state in enumerate(states):
+            assert difference(repo.checkout(f"main@step:{number}"), state) is None
+
+    return check
+
+
+@scenario(25)
+def repacking(home: Path) -> Made:
+    """Chunks change their bases and packs are merged. At no moment is a chunk without a chain that ends."""
+    states = drifting(home, 3)
+    disk = RecordingDisk(home)
+    with handle(home, disk) as repo:
+        done = repo.repack()
+        disk.acknowledge("repacked")
+    assert done.into == 1
+    assert done.chunks > 1
+    return disk, check_states(states, lambda repo: None)
+
+
+@scenario(20)
+def repairing(home: Path) -> Made:
+    """A pack without a whole footer is emptied and put aside."""
+    states = drifting(home, 2)
+    path = max((home / ".ckpt" / "packs").rglob("*.pack"), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    disk = RecordingDisk(home)
+    with handle(home, disk) as repo:
+        done = repo.fsck(repair=True)
+        disk.acknowledge("repaired")
+    assert done.repaired is not None
+    assert len(done.repaired.quarantined) == 1
+    return disk, check_states(states, lambda repo: repo.fsck(repair=True), bytes(data))
 
 
 @scenario(15)

@@ -424,3 +424,54 @@ def test_what_is_worse_is_left_out() -> None:
     assert better in kept
     assert repack._harmless([larger], False) == []
     assert repack._harmless([slower], True) == [slower]
+
+
+# -- at random ------------------------------------------------------------------------------------
+
+
+def test_random_histories(folder: Path) -> None:
+    """Commits, branches, deletions, drops, collections, repacks, rebuilds in any order: what refs reach is
+    right, and a repack makes nothing worse."""
+    seed = int(os.environ.get("CKPT_TEST_SEED", "0")) or int.from_bytes(os.urandom(4), "big")
+    steps = int(os.environ.get("CKPT_TEST_STEPS", "40"))
+    print(f"seed {seed}: CKPT_TEST_SEED={seed}")
+    random = np.random.default_rng(seed)
+    levels = ("fast", "balanced", "small")
+    expected: dict[str, np.ndarray[Any, Any]] = {}
+    with Repo.init(folder) as repo:
+        tips: dict[str, np.ndarray[Any, Any]] = {"main": random.standard_normal(3000).astype(np.float32)}
+        names = iter(f"b{n}" for n in range(1000))
+        for _ in range(steps):
+            what = random.choice(["commit"] * 6 + ["branch", "delete", "gc", "repack", "repack", "rebuild"])
+            name = str(random.choice(sorted(tips)))
+            if what == "commit":
+                tips[name] = (tips[name] + 1e-3 * random.standard_normal(3000)).astype(np.float32)
+                with Repo.open(folder, name, compression=str(random.choice(levels))) as trainer:
+                    trainer.restore({}, strict=False)
+                    expected[str(trainer.commit({"w": tips[name]}).id)] = tips[name]
+            elif what == "branch" and name in repo.branches():
+                other = next(names)
+                repo.branch(other, name)
+                tips[other] = tips[name]
+            elif what == "delete" and name in repo.branches() and len(repo.branches()) > 1 and name != "main":
+                repo.delete_branch(name, force=True)
+                del tips[name]
+            elif what == "gc":
+                repo.gc(0)
+            elif what == "rebuild":
+                repo.fsck(rebuild=True)
+            elif what == "repack":
+                smallest = bool(random.integers(2))
+                repo.gc(0)
+                before, size = costs(repo), disk(repo)
+                repo.repack(smallest=smallest)
+                after = costs(repo)
+                assert after[0] <= before[0]
+                assert smallest or after[1] <= before[1]
+                assert disk(repo) <= size
+        found = repo.fsck(full=True)
+        assert found.ok, found.problems
+        assert max((row.depth for row in rows(repo).values()), default=0) <= MAX_DEPTH
+        if repo.branches():
+            for commit in repo.log(list(repo.branches())):
+                assert np.array_equal(repo.checkout(commit)["w"], expected[str(commit.id)])
