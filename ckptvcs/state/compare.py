@@ -134,7 +134,7 @@ def compare(
         if (
             before is None
             or after is None
-            or before.layout != after.layout
+            or (before.layout and after.layout and before.layout != after.layout)
             or before.nbytes != after.nbytes
             or _runs(before, after)[0]
         ):

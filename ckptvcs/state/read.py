@@ -951,7 +951,7 @@ def _make_dict(keys: list[Any], found: list[Any]) -> dict[Any, Any]:
 
 def _wanted(child: Stored, selection: Selection) -> bool:
     """Whether something of `child` is selected; a container on the way to nothing is not."""
-    if selection.whole:
+    if selection.whole or isinstance(child, StoredTree):
         return True
     return isinstance(child, Branch) and not isinstance(child, Compound) and bool(child.children)
 

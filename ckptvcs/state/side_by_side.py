@@ -75,7 +75,7 @@ def contents(reader: ObjectReader, tree: ObjectId) -> Checkpoint:
     loader = Loader(reader)
     opened, parts = loader.root(tree)
     found = _nothing()
-    walk = _Walk(reader, Sides(new=found))
+    walk = _Walk(reader, Sides(new=found), whole_files=False)
     for part in parts.values():
         walk.put(found, "", loader.node(part, opened, paths.EVERYTHING))
     walk.name_parameters(found, tree)
@@ -104,11 +104,13 @@ def sides(
     # One object for both sides: a pattern has matched if it has in either.
     patterns = paths.Patterns(only)
     for part in ("state", "files"):
-        before, after = (
-            loader.node(parts[part], opened, patterns.start()) if part in parts else None
-            for loader, (opened, parts) in zip(loaders, roots, strict=True)
-        )
-        walk.both("", before, after, files=part == "files")
+        nodes: list[Stored | None] = []
+        for loader, (opened, parts) in zip(loaders, roots, strict=True):
+            selection = patterns.start()
+            node = loader.node(parts[part], opened, selection) if part in parts else None
+            nothing = isinstance(node, Branch) and not node.children and not selection.whole
+            nodes.append(None if nothing else node)
+        walk.both("", nodes[0], nodes[1], files=part == "files")
     if not patterns.complete:
         _check(reader, (old, new), only)
     for side, tree in ((found.old, old), (found.new, new)):
@@ -142,8 +144,10 @@ def _names(path: str, node: Stored) -> Iterator[str]:
 class _Walk:
     """Goes through two trees at once."""
 
-    def __init__(self, reader: ObjectReader, found: Sides) -> None:
+    def __init__(self, reader: ObjectReader, found: Sides, whole_files: bool = True) -> None:
+        """`whole_files`: files that hold tensors are compared as a whole as well, by their hashes."""
         self._reader = reader
+        self._whole_files = whole_files
         self._found = found
 
     def both(self, path: str, old: Stored | None, new: Stored | None, files: bool = False) -> None:
@@ -151,7 +155,7 @@ class _Walk:
         if isinstance(old, StoredTree) and isinstance(new, StoredTree) and old.id == new.id:
             self._found.unread += 1
             return
-        old, new = _loaded(old), _loaded(new)
+        old, new = _selected(old), _selected(new)
         if not isinstance(old, Branch) or not isinstance(new, Branch) or _whole(old) or _whole(new):
             for side, node in ((self._found.old, old), (self._found.new, new)):
                 if node is not None:
@@ -178,7 +182,8 @@ class _Walk:
         if isinstance(node, StoredTensor):
             side.tensors[path] = self._dense(node)
         elif isinstance(node, StoredFile):
-            side.others[path] = _file(node)
+            if self._whole_files or not node.tensors:
+                side.others[path] = self._file(node)
             for each in node.tensors:
                 side.tensors[paths.join(path, each.name)] = self._dense(each.tensor)
         elif isinstance(node, Branch) and not _whole(node):
@@ -202,6 +207,20 @@ class _Walk:
             (spec.framework, spec.flags, None if node.order is None else tuple(node.order), place),
         )
 
+    def _file(self, node: StoredFile) -> Dense:
+        """A file as a whole, told from others by its hash. Only one without tensors can be read."""
+        return Dense(
+            "bytes",
+            (node.size,),
+            1,
+            node.size,
+            functools.partial(_opened, self._reader, node.content),
+            node.digest,
+            lambda: (node.digest,) if node.size else (),
+            max(1, node.size),
+            (node.mode,),
+        )
+
     def name_parameters(self, side: Checkpoint, tree: ObjectId) -> None:
         """Say of an optimizer's tensors which parameter they belong to, where it is known."""
         if not any("state" in paths.split(path) for path in side.tensors):
@@ -214,10 +233,18 @@ class _Walk:
             side.tensors[path] = replace(tensor, parameter=above(path, names))
 
 
-def _loaded(node: _T) -> _T:
+def _loaded(node: Stored) -> Stored:
     while isinstance(node, StoredTree):
-        node = node.load()  # type: ignore[assignment]
+        node = node.load()
     return node
+
+
+def _selected(node: Stored | None) -> Stored | None:
+    """A node, loaded; None if nothing in it is selected. What is a tree of its own is never empty."""
+    if not isinstance(node, StoredTree):
+        return node
+    found = _loaded(node)
+    return found if not isinstance(found, Branch) or found.children else None
 
 
 def _whole(node: Branch) -> bool:
@@ -275,25 +302,6 @@ def _opened(reader: ObjectReader, content: Content) -> Read:
     return lambda offset, length: stream.read(offset, offset + length)
 
 
-def _file(node: StoredFile) -> Dense:
-    """A file as a whole, told from others by its hash."""
-
-    def read() -> Read:
-        raise AssertionError("files of commits are compared by their hashes")
-
-    return Dense(
-        "bytes",
-        (node.size,),
-        1,
-        node.size,
-        read,
-        node.digest,
-        lambda: (node.digest,) if node.size else (),
-        max(1, node.size),
-        (node.mode,),
-    )
-
-
 def value_of(node: Stored) -> Value:
     """A node that is no tensor, as what is compared and shown."""
     if isinstance(node, StoredLeaf):
@@ -321,13 +329,15 @@ def _preview(text: str) -> str:
 
 
 def aligned(commit: Checkpoint, file: Checkpoint) -> tuple[Checkpoint, str]:
-    """The part of a commit that a file is about, and below which component it lies: all of it if they have a
+    """The part of a commit that a file is about, and below which path it lies: all of it if they have a
     tensor's path in common, else what is below the one where most of the file's are."""
     counts: dict[str, int] = {}
     for path in commit.tensors:
-        head, _, rest = path.partition("/")
-        if rest in file.tensors:
-            counts[head] = counts.get(head, 0) + 1
+        names = path.split("/")
+        for at in range(1, len(names)):
+            if "/".join(names[at:]) in file.tensors:
+                head = "/".join(names[:at])
+                counts[head] = counts.get(head, 0) + 1
     if not counts or commit.tensors.keys() & file.tensors.keys():
         return commit, ""
     prefix = max(counts, key=lambda head: counts[head])

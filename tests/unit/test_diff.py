@@ -17,7 +17,7 @@ import torch
 
 from ckptvcs import NotFoundError, Repo
 from ckptvcs.history.diff import Diff
-from ckptvcs.state import tree
+from ckptvcs.state import paths, tree
 from ckptvcs.state.compare import ABSENT, Change, Comparison, compare
 from ckptvcs.state.side_by_side import sides
 from ckptvcs.store.format import GRIDS
@@ -99,6 +99,10 @@ def test_a_part_that_moved_is_compared_where_it_is() -> None:
     found = compared({"a": one, "b": other}, {"a": other, "b": one, "c": one})
     assert len([c for c in found.changes if c.kind == "removed"]) == 40
     assert len([c for c in found.changes if c.kind == "new"]) == 60
+    swapped = compared({"a": one, "b": other}, {"a": other, "b": one}, only="a/x1*")
+    assert {change.path for change in swapped.changes} == {f"a/x{n}" for n in (1, *range(10, 20))}
+    swapped = compared({"a": one, "b": other}, {"a": other, "b": one}, only="b/x1*")
+    assert {change.kind for change in swapped.changes} == {"removed"}
     nested = compared({"a": one}, {"a": {**one, "more": np.arange(5.0)}})
     assert kinds(nested) == {"a/more": "new"}
 
@@ -135,8 +139,14 @@ def test_against_a_comparison_that_reads_everything(seed: int) -> None:
     new = mutated(old)
     a, b = flat("", old), flat("", new)
     wanted = {path[1:] for path in {**a, **b} if a.get(path) != b.get(path)}
-    found = {change.path for change in compared(old, new).changes if change.kind not in ("type", "layout")}
-    assert found == wanted, f"seed {seed}"
+    everywhere = sorted({path[1:] for path in {**a, **b}})
+    for only in (None, *rng.sample(everywhere, 4), "part1", "**/k1", "part*/*/k2"):
+        if only is not None and not any(paths.matches(only, path) for path in everywhere):
+            continue
+        changes = compared(old, new, only=only).changes
+        found = {change.path for change in changes if change.kind not in ("type", "layout")}
+        selected = {path for path in wanted if only is None or paths.matches(only, path)}
+        assert found == selected, f"seed {seed}, only {only!r}"
 
 
 # -- what is found -------------------------------------------------------------------------------------
@@ -211,13 +221,13 @@ def test_patterns(tmp_path: Path) -> None:
         one = repo.commit(old)
         other = repo.commit({**old, "model": {**old["model"], "w5": np.zeros(300)}, "rest": 2, "more": 3})
 
-        def paths(only: Any) -> list[str]:
+        def found(only: Any) -> list[str]:
             return [change.path for change in repo.diff(one, other, only=only).comparison.changes]
 
-        assert paths(None) == ["model/w5", "rest", "more"]
-        assert paths("model") == ["model/w5"]
-        assert paths(["more", "**/w5"]) == ["model/w5", "more"]  # new in one, changed in both
-        assert paths("model/w7") == []  # equal, and perhaps unread
+        assert found(None) == ["model/w5", "rest", "more"]
+        assert found("model") == ["model/w5"]
+        assert found(["more", "**/w5"]) == ["model/w5", "more"]  # new in one, changed in both
+        assert found("model/w7") == []  # equal, and perhaps unread
         for only in ("modle", ["model", "nothing/*"]):
             with pytest.raises(NotFoundError, match="nothing in these commits matches"):
                 repo.diff(one, other, only=only)
@@ -263,6 +273,31 @@ def test_a_commit_beside_a_file(tmp_path: Path) -> None:
             assert change.distance.changed == 1 / 400
         with repo.beside(commit, tmp_path / "model.pt", only="layer/w*") as (mine, file, _):
             assert list(mine.tensors) == list(file.tensors) == ["layer/weight"]
+
+
+def test_a_commit_of_files_beside_the_files(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"w": torch.ones(400)}, folder / "model.pt")
+    (folder / "notes.txt").write_text("a" * 3000)
+    (folder / "more.txt").write_text("same")
+    with Repo.init(tmp_path) as repo:
+        commit = repo.commit_files({"run": folder})
+        with repo.beside(commit, folder) as (mine, disk, prefix):
+            assert prefix == "run"
+            found = compare(mine, disk)
+            assert (found.changes, found.equal) == ([], 1)
+        (folder / "notes.txt").write_text("a" * 2999 + "b")
+        torch.save({"w": torch.zeros(400)}, folder / "model.pt")
+        with repo.beside(commit, folder) as (mine, disk, _):
+            found = compare(mine, disk)
+            assert [(c.kind, c.path) for c in found.changes] == [
+                ("changed", "model.pt/w"),
+                ("file", "notes.txt"),
+            ]
+        with repo.beside(commit, folder / "model.pt") as (mine, disk, prefix):
+            assert prefix == "run/model.pt"
+            assert [c.path for c in compare(mine, disk).changes] == ["w"]
 
 
 # -- memory --------------------------------------------------------------------------------------------

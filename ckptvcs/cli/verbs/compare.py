@@ -192,13 +192,15 @@ def _show(found: Comparison, everything: bool, group: bool, unread: int = 0) -> 
         counts[change.kind] = counts.get(change.kind, 0) + 1
     values, files = counts.pop("value", 0), counts.pop("file", 0)
     words = [f"{count:,} {kind}" for kind, count in counts.items()]
-    text = f"tensors: {', '.join([*words, f'{found.equal:,} equal'])}"
+    if found.equal or not unread:
+        words.append(f"{found.equal:,} equal")
+    if unread:
+        words.append(f"{output.counted(unread, 'whole subtree')} equal")
+    text = f"tensors: {', '.join(words)}"
     if values or found.equal_values:
         text += f"; values: {values:,} changed, {found.equal_values:,} equal"
     if files:
         text += f"; {output.counted(files, 'other file')} changed"
-    if unread:
-        text += f"; {output.counted(unread, 'whole subtree')} equal"
     output.line(text)
 
 
