@@ -257,10 +257,15 @@ class Trailer(NamedTuple):
         raise CorruptionError(f"{where}: the pack has no whole footer", path=where, offset=file_size)
 
 
-def unpack_footer(body: Buffer, trailer: Trailer, where: str) -> list[Entry]:
-    """The entries of a footer, each checked to lie inside the pack."""
+def check_footer(body: Buffer, trailer: Trailer, where: str) -> None:
+    """CorruptionError if these are not the footer's bytes."""
     if digest(body) != trailer.digest:
         raise CorruptionError(f"{where}: the footer is damaged", path=where, offset=trailer.footer_offset)
+
+
+def unpack_footer(body: Buffer, trailer: Trailer, where: str) -> list[Entry]:
+    """The entries of a footer, each checked to lie inside the pack."""
+    check_footer(body, trailer, where)
     return list(_entries(bytes(body), trailer, where))
 
 
