@@ -194,7 +194,14 @@ class PackName(NamedTuple):
     @property
     def text(self) -> str:
         """The file name without its ending."""
-        return f"{uuid.UUID(bytes=self.lease)}-{self.seq}"
+        lease = self.lease.hex()
+        return f"{lease[:8]}-{lease[8:12]}-{lease[12:16]}-{lease[16:20]}-{lease[20:]}-{self.seq}"
+
+    @property
+    def folder(self) -> str:
+        """The folder below `packs/`. The fan-out takes both parts of the name, so that a process with many
+        commits fills all folders evenly."""
+        return f"{(self.lease[0] + self.seq) & 0xFF:02x}"
 
     @property
     def key(self) -> bytes:
@@ -476,9 +483,8 @@ class Layout:
         return (*self.folders, *files, self.meta / "data.mdb", self.meta / "lock.mdb")
 
     def pack(self, name: PackName) -> Path:
-        """Where a sealed pack lives. The fan-out takes both parts of the name, so that a process
-        with many commits fills all folders evenly."""
-        return self.packs / f"{(name.lease[0] + name.seq) & 0xFF:02x}" / f"{name.text}.pack"
+        """Where a sealed pack lives."""
+        return self.packs / name.folder / f"{name.text}.pack"
 
     def open_pack(self, name: PackName) -> Path:
         """Where a pack is written before it is sealed."""
