@@ -1679,6 +1679,8 @@ class Repo:
 
         if full + quick + (budget is not None) > 1:
             raise InvalidError("full, quick and budget exclude each other")
+        if quick and repair:
+            raise InvalidError("a quick check finds too little to repair", hint="leave out quick")
         wanted = None if budget is None else scrub.budget_of(budget)
 
         store = self._store

@@ -204,15 +204,13 @@ class _Checker:
                         raise CorruptionError(
                             f"{path} has {size} bytes instead of {info.size}", path=str(path)
                         )
-                    entries = pack.entries()
-                    if len(entries) != info.records:
+                    records = pack.records()
+                    if records != info.records:
                         raise CorruptionError(
-                            f"{path} lists {len(entries)} records instead of {info.records}", path=str(path)
+                            f"{path} lists {records} records instead of {info.records}", path=str(path)
                         )
-                    if self.report.full:
-                        self._check_records(name, pack, entries)
-                if self.report.level != "quick":
-                    self._entries[name] = {(entry.offset, entry.id) for entry in entries}
+                    if self.report.level != "quick":
+                        self._check_entries(name, pack)
                 self.report.bytes += size - TRAILER_BYTES
             except FileNotFoundError:
                 # Harmless if nothing lies in it: a collector was interrupted between unlinking it and
@@ -224,9 +222,13 @@ class _Checker:
                         self.broken_packs.add(name)
                         self._problem(error)
 
-    def _check_records(self, name: PackName, pack: PackFile, entries: list[Entry]) -> None:
-        """Each live record's header says what the footer says, and its payload has the header's digest:
-        compaction relies on both, and reading may pass over them."""
+    def _check_entries(self, name: PackName, pack: PackFile) -> None:
+        """Note what the footer lists. With `full`, each live record's header says the same, and its payload
+        has the header's digest: compaction relies on both, and reading may pass over them."""
+        entries = pack.entries()
+        self._entries[name] = {(entry.offset, entry.id) for entry in entries}
+        if not self.report.full:
+            return
         with self._store.snapshot() as snapshot:
             rows = {entry.id: snapshot.row(entry.id) for entry in entries}
         for entry in entries:
@@ -343,45 +345,51 @@ class _Checker:
         A repository that cannot be written stays as it is.
         """
         with self._store.reader() as reader:
-            at_fault = {id for id, error in self.bad.items() if self._is_at_fault(reader, id, error)}
+            found = ((id, self._at_fault(reader, id, error)) for id, error in self.bad.items())
+            at_fault = {id: row for id, row in found if row is not None}
         sound = self._marked & self._read
-        if not (at_fault - self._marked or sound):
+        if not (at_fault.keys() - self._marked or sound):
             return
         with contextlib.suppress(StorageError), self._store.index.change() as change:
             change.bump_gc_seq()
-            for id in sorted(at_fault | sound):
+            for id, seen in at_fault.items():
+                if change.row(id) == seen:  # else it was healed or moved meanwhile
+                    change.put_row(id, seen._replace(damaged=True))
+            for id in sound:
                 row = change.row(id)
-                if row is not None and row.damaged != (id in at_fault):
-                    change.put_row(id, row._replace(damaged=id in at_fault))
+                if row is not None:
+                    change.put_row(id, row._replace(damaged=False))
 
-    def _is_at_fault(self, reader: Reader, id: ObjectId, error: CkptError) -> bool:
-        """Whether it is this record's own bytes that are damaged or cannot be read, and not those of a base.
+    def _at_fault(self, reader: Reader, id: ObjectId, error: CkptError) -> Row | None:
+        """The row of a record whose own bytes are damaged or cannot be read; None if it is those of a base.
 
         A pack that is missing is noticed without marks.
         """
-        if isinstance(error, StorageError):
-            return error.errno == errno.EIO
-        if not isinstance(error, CorruptionError):
-            return False
+        unreadable = isinstance(error, StorageError) and error.errno == errno.EIO
+        if not unreadable and not isinstance(error, CorruptionError):
+            return None
+        row = None
+        with contextlib.suppress(CorruptionError), self._store.snapshot() as snapshot:
+            row = snapshot.row(id)
+        if row is None:
+            return None
         try:
-            with self._store.snapshot() as snapshot:
-                row = snapshot.row(id)
-            if row is None:
-                return False
             with contextlib.closing(PackFile(self._store.disk, self._store.layout.pack(row.pack))) as pack:
                 scrub.check_record(pack, _entry_of(id, row))
         except FileNotFoundError:
-            return False
+            return None
         except CorruptionError:
-            return True
+            return row
+        except StorageError as again:
+            return row if again.errno == errno.EIO else None
         except CkptError:
-            return False
+            return None
         if row.base is not None:
             try:
                 reader.chunk(row.base)
             except CkptError:
-                return False
-        return True
+                return None
+        return row if not unreadable else None
 
     # -- refs ------------------------------------------------------------------------------------
 

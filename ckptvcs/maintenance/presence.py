@@ -42,12 +42,16 @@ def _missing(store: Store) -> set[PackName]:
     """Published packs without their file."""
     with store.snapshot() as snapshot:
         packs = snapshot.packs()
-    paths = {name: store.layout.pack(name) for name in packs}
     if len(packs) <= _FEW:
-        gone = {name for name, path in paths.items() if not store.disk.exists(path)}
+        gone = {name for name in packs if not store.disk.exists(store.layout.pack(name))}
     else:
-        there = {folder: set(store.disk.names(folder)) for folder in {path.parent for path in paths.values()}}
-        gone = {name for name, path in paths.items() if path.name not in there[path.parent]}
+        folders: dict[str, dict[str, PackName]] = {}
+        for name in packs:
+            folders.setdefault(name.folder, {})[f"{name.text}.pack"] = name
+        gone = set()
+        for folder, expected in folders.items():
+            there = store.disk.names(store.layout.packs / folder)
+            gone.update(expected[file] for file in expected.keys() - set(there))
     if gone:
         with store.snapshot() as snapshot:  # a collector may have merged them meanwhile
             gone = {name for name in gone if snapshot.pack(name) is not None}

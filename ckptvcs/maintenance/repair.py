@@ -14,12 +14,13 @@ committed again. Nothing takes its place meanwhile, zeros least of all.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ckptvcs.errors import CkptError, CorruptionError
+from ckptvcs.errors import CkptError, CorruptionError, StorageError
 from ckptvcs.ids import Kind, ObjectId, chunk_id, object_id
 from ckptvcs.maintenance.marking import slices
 from ckptvcs.maintenance.rewriting import Rewriter
@@ -65,6 +66,7 @@ def repair(
 ) -> Repaired:
     """Mend these records and packs as far as it goes. LockedError if a collector runs. Durable on return."""
     store.check("write")
+    store.needs_index("fsck --repair")
     done = Repaired()
     with store.collecting():
         left = _from_copies(store, set(bad), done, say)
@@ -254,6 +256,10 @@ def _salvage(store: Store, name: PackName, done: Repaired) -> None:
             try:
                 rewriter.copy(id, row)
             except (CorruptionError, FileNotFoundError):
+                left += 1
+            except StorageError as error:
+                if error.errno != errno.EIO or error.path != str(store.layout.pack(name)):
+                    raise
                 left += 1
         done.salvaged += rewriter.publish()
     path = store.layout.pack(name)

@@ -194,7 +194,14 @@ class PackName(NamedTuple):
     @property
     def text(self) -> str:
         """The file name without its ending."""
-        return f"{uuid.UUID(bytes=self.lease)}-{self.seq}"
+        lease = self.lease.hex()
+        return f"{lease[:8]}-{lease[8:12]}-{lease[12:16]}-{lease[16:20]}-{lease[20:]}-{self.seq}"
+
+    @property
+    def folder(self) -> str:
+        """The folder below `packs/`. The fan-out takes both parts of the name, so that a process with many
+        commits fills all folders evenly."""
+        return f"{(self.lease[0] + self.seq) & 0xFF:02x}"
 
     @property
     def key(self) -> bytes:
@@ -257,10 +264,15 @@ class Trailer(NamedTuple):
         raise CorruptionError(f"{where}: the pack has no whole footer", path=where, offset=file_size)
 
 
-def unpack_footer(body: Buffer, trailer: Trailer, where: str) -> list[Entry]:
-    """The entries of a footer, each checked to lie inside the pack."""
+def check_footer(body: Buffer, trailer: Trailer, where: str) -> None:
+    """CorruptionError if these are not the footer's bytes."""
     if digest(body) != trailer.digest:
         raise CorruptionError(f"{where}: the footer is damaged", path=where, offset=trailer.footer_offset)
+
+
+def unpack_footer(body: Buffer, trailer: Trailer, where: str) -> list[Entry]:
+    """The entries of a footer, each checked to lie inside the pack."""
+    check_footer(body, trailer, where)
     return list(_entries(bytes(body), trailer, where))
 
 
@@ -471,9 +483,8 @@ class Layout:
         return (*self.folders, *files, self.meta / "data.mdb", self.meta / "lock.mdb")
 
     def pack(self, name: PackName) -> Path:
-        """Where a sealed pack lives. The fan-out takes both parts of the name, so that a process
-        with many commits fills all folders evenly."""
-        return self.packs / f"{(name.lease[0] + name.seq) & 0xFF:02x}" / f"{name.text}.pack"
+        """Where a sealed pack lives."""
+        return self.packs / name.folder / f"{name.text}.pack"
 
     def open_pack(self, name: PackName) -> Path:
         """Where a pack is written before it is sealed."""

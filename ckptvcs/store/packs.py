@@ -20,6 +20,7 @@ from ckptvcs.store.format import (
     Layout,
     PackName,
     Trailer,
+    check_footer,
     pack_footer,
     unpack_footer,
 )
@@ -149,6 +150,12 @@ class PackFile:
         size = self._file.size()
         tail = self._file.read(max(0, size - TRAILER_BYTES), TRAILER_BYTES)
         return Trailer.unpack(tail, str(self.path), size)
+
+    def records(self) -> int:
+        """How many records the footer lists. CorruptionError if it is damaged; nothing of it is kept."""
+        trailer = self.trailer()
+        check_footer(self._file.read(trailer.footer_offset, trailer.footer_bytes), trailer, str(self.path))
+        return trailer.records
 
     def entries(self) -> list[Entry]:
         """All records, from the footer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckptvcs import CorruptionError, InvalidError, LockedError, ObjectId, Repo
+from ckptvcs import CorruptionError, InvalidError, LockedError, ObjectId, Repo, StorageError
+from ckptvcs.disk import ReadFile
 from ckptvcs.ids import Kind
 from ckptvcs.maintenance import compaction, scrub
 from ckptvcs.maintenance.rewriting import Rewriter
@@ -161,6 +163,11 @@ def test_levels_exclude_each_other(trained: Repo) -> None:
             trained.fsck(**wanted)  # type: ignore[arg-type]
 
 
+def test_a_quick_check_repairs_nothing(trained: Repo) -> None:
+    with pytest.raises(InvalidError, match="too little"):
+        trained.fsck(quick=True, repair=True)
+
+
 # -- scrubbing ------------------------------------------------------------------------------------
 
 
@@ -277,6 +284,21 @@ def test_marks_go_when_the_record_is_sound(trained: Repo) -> None:
     flip(trained, bad)  # the same bit back, as after a cable was changed
     assert trained.fsck().ok
     assert not rows(trained)[bad].damaged
+
+
+def test_a_damaged_row_is_told_and_made_anew(trained: Repo) -> None:
+    id = chunk_of(trained, "main")
+    data = bytearray(rows(trained)[id].encode())
+    data[20] ^= 1
+    with trained._store.index.change() as change:
+        change._put("rows", id, bytes(data))
+    for level in ({}, {"full": True}, {"quick": True}):
+        report = trained.fsck(**level)  # type: ignore[arg-type]
+        assert any("index row" in problem.message for problem in report.problems)
+    assert trained.fsck(full=True, repair=True).ok
+    sound(trained, 0, 1, 2, 3, 4)
+    assert trained.fsck(rebuild=True, full=True).ok
+    sound(trained, 0, 1, 2, 3, 4)
 
 
 # -- repair ---------------------------------------------------------------------------------------
@@ -405,6 +427,40 @@ def test_a_broken_pack_with_damage_in_it_stays(trained: Repo) -> None:
     assert final.ok, final.problems
     assert final.repaired is not None
     assert len(final.repaired.quarantined) == 1
+
+
+@pytest.mark.parametrize("where", ["a record", "the footer"])
+def test_sectors_that_cannot_be_read(trained: Repo, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read is named, marked, and stored again when it is committed again."""
+    bad = chunk_of(trained, "main", "frozen")
+    row, path = rows(trained)[bad], pack_of(trained, bad)
+    size = path.stat().st_size
+    lost = range(row.offset + 200, row.offset + 201) if where == "a record" else range(size - 200, size - 199)
+
+    def failing(read: Any) -> Any:
+        def call(file: ReadFile, first: Any, second: Any) -> Any:
+            at, length = (second, len(first)) if isinstance(first, memoryview) else (first, second)
+            if file.path == path and at <= lost.start < at + length:
+                raise StorageError(f"cannot read {path}", path=str(path), errno=errno.EIO)
+            return read(file, first, second)
+
+        return call
+
+    monkeypatch.setattr(ReadFile, "read", failing(ReadFile.read))
+    monkeypatch.setattr(ReadFile, "read_into", failing(ReadFile.read_into))
+    assert not trained.fsck(full=True)
+    report = trained.fsck(full=True, repair=True)
+    if where == "the footer":
+        assert report.ok, report.problems
+        assert report.repaired is not None
+        assert report.repaired.salvaged > 0
+        assert len(report.repaired.quarantined) == 1
+    else:
+        assert rows(trained)[bad].damaged
+        assert path.exists()
+        trained.commit({"w": walk(4), "frozen": walk(0, seed=1), "step": 4}, step=9)
+        assert trained.fsck(full=True).ok
+    sound(trained, 0, 1, 2, 3, 4)
 
 
 def test_a_row_that_is_gone_comes_back(trained: Repo) -> None:

@@ -209,6 +209,8 @@ def fsck(quick: bool, full: bool, budget: str | None, repair: bool, rebuild: boo
     """
     if full + quick + (budget is not None) > 1:
         raise click.UsageError("--quick, --full and --budget exclude each other")
+    if quick and repair:
+        raise click.UsageError("--quick finds too little to --repair")
     with output.working("rebuilding and checking" if rebuild else "checking") as count:
         with session.opened(rebuild=rebuild) as repo:
             report = repo.fsck(full=full, quick=quick, repair=repair, budget=budget, say=count)
