@@ -21,7 +21,7 @@ demo: .venv/.demo ## train, commit, fork, restore and collect on real data, in s
 	@$(PY) examples/digits.py $(ARGS)
 
 test: .venv/.test ## run all tests (ARGS='-k name' chooses)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-integrations: .venv-integrations/.made ## run the tests with transformers, Lightning, Accelerate, torchdata and jax, offline
 	@.venv-integrations/bin/python -m pytest tests/integrations $(ARGS)
