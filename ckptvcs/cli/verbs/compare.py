@@ -159,12 +159,13 @@ def _files(
 
 def _show_fields(found: Diff, everything: bool) -> None:
     rows: list[tuple[str, str, str]] = []
-    left = 0
+    shown = left = 0  # of the environment
     for change in found.fields:
-        shown = sum(row[0] == change.part for row in rows)
-        if change.part == "environment" and shown >= _ENVIRONMENT and not everything:
-            left += 1
-            continue
+        if change.part == "environment" and not everything:
+            if shown >= _ENVIRONMENT:
+                left += 1
+                continue
+            shown += 1
         rows.append((change.part, change.name, f"{_value(change.old)} -> {_value(change.new)}"))
     output.table(rows, paints={0: {"fg": "cyan"}})
     if left:
