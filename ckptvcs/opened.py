@@ -17,7 +17,7 @@ from ckptvcs.store.index_free import IndexFreeStore
 if TYPE_CHECKING:
     from ckptvcs.background import Background
     from ckptvcs.committing import Committer
-    from ckptvcs.maintenance.merging import Merger
+    from ckptvcs.maintenance.small_packs import Merger
 
 
 class Opened:
@@ -50,7 +50,7 @@ class Opened:
     def merge_small_packs(self) -> None:
         """What follows a commit now and then, so that packs do not become as many as commits."""
         if self._merger is None:
-            from ckptvcs.maintenance.merging import Merger
+            from ckptvcs.maintenance.small_packs import Merger
 
             self._merger = Merger(self.store)
         self._merger.after_commit()

@@ -738,7 +738,7 @@ def test_repair_of_a_pack_without_its_end(line: Path, scratch: Path, covered: Ca
 
 def test_merging_of_small_packs(break_off: BreakOff, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a commit, small packs become one; the commit is there before."""
-    monkeypatch.setattr("ckptvcs.maintenance.merging.MANY", 4)
+    monkeypatch.setattr("ckptvcs.maintenance.small_packs.MANY", 4)
 
     def operate(repo: Repo, acknowledge: Acknowledge) -> None:
         repo.restore({}, strict=False)

@@ -11,7 +11,7 @@ import pytest
 
 from ckptvcs import Repo
 from ckptvcs.errors import LockedError, StorageError
-from ckptvcs.maintenance import compaction, merging
+from ckptvcs.maintenance import compaction, small_packs
 from ckptvcs.store.format import PackName
 
 
@@ -42,10 +42,10 @@ def test_files_stay_few_and_little_is_copied(
         given += size
         wait -= 1
         if wait <= 0:
-            group, wait = merging.choose(sizes)
+            group, wait = small_packs.choose(sizes)
             if group:
                 merged = sum(sizes.pop(name) for name in group)
-                assert merged <= merging.AT_MOST
+                assert merged <= small_packs.AT_MOST
                 copied += merged
                 number += 1
                 sizes[PackName(bytes(16), number)] = merged
@@ -59,7 +59,7 @@ def test_files_stay_few_and_little_is_copied(
 def test_packs_are_merged_and_everything_reads_back(
     repo: Repo, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "MANY", 4)
+    monkeypatch.setattr(small_packs, "MANY", 4)
     made = []
     for seed in range(30):
         made.append(repo.commit(state(seed)))
@@ -73,7 +73,7 @@ def test_packs_are_merged_and_everything_reads_back(
 def test_a_commit_does_not_wait_for_a_collector(
     repo: Repo, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "MANY", 2)
+    monkeypatch.setattr(small_packs, "MANY", 2)
     with Repo.open(folder) as other, other._store.collecting():
         for seed in range(5):
             repo.commit(state(seed))
@@ -90,7 +90,7 @@ def test_a_merge_that_fails_does_not_fail_the_commit(
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(merging, "MANY", 2)
+    monkeypatch.setattr(small_packs, "MANY", 2)
     monkeypatch.setattr(compaction.Rewriter, "publish", fails)
     for seed in range(4):
         commit = repo.commit(state(seed))
@@ -100,7 +100,7 @@ def test_a_merge_that_fails_does_not_fail_the_commit(
 
 
 def test_a_damaged_pack_is_passed_over(repo: Repo, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "MANY", 3)
+    monkeypatch.setattr(small_packs, "MANY", 3)
     repo.commit(state(0))
     (path,) = (folder / ".ckpt" / "packs").rglob("*.pack")
     path.chmod(0o644)
