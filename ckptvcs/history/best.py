@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ckptvcs.errors import NotFoundError
-from ckptvcs.history.commit import Commit, in_float
+from ckptvcs.history.commit import Commit, rankable
 from ckptvcs.history.graph import History
 from ckptvcs.ids import ObjectId
 
@@ -51,8 +50,8 @@ def best(
         for branch, back, commit in _named(history, branches):
             found = metrics(commit)
             seen_names.update(found)
-            value: Any = found.get(metric)
-            if type(value) in (int, float) and not math.isnan(in_float(value)):
+            value = rankable(found.get(metric))
+            if value is not None:
                 revision = commit.id.short if branch is None else f"{branch}~{back}" if back else branch
                 yield Best(commit, value, revision, branch)
 

@@ -267,6 +267,11 @@ def in_float(value: int | float) -> float:
         return math.inf if value > 0 else -math.inf
 
 
+def rankable(value: Any) -> int | float | None:
+    """A metric's value if it can be better or worse than another: a number, and not NaN; else None."""
+    return value if type(value) in (int, float) and not math.isnan(in_float(value)) else None
+
+
 def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Metrics as Python numbers; 0-dim arrays and tensors are unpacked. InvalidError otherwise."""
     if metrics is not None and not isinstance(metrics, Mapping):

@@ -16,14 +16,13 @@ and not both, ^A takes away what A reaches. A side that is left out is the handl
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from ckptvcs.errors import AmbiguousError, InvalidError, NotFoundError
 from ckptvcs.history import notes, refs
-from ckptvcs.history.commit import Commit
+from ckptvcs.history.commit import Commit, rankable
 from ckptvcs.history.graph import History
 from ckptvcs.ids import Kind, ObjectId
 from ckptvcs.store import Move, Store, Target
@@ -251,9 +250,9 @@ class Revisions:
             metric = names[0]
         sign = 1 if self.mode(metric) == "min" else -1
         scored = [
-            (sign * metrics[metric], commit)
+            (sign * value, commit)
             for commit, metrics in reversed(chain)
-            if type(metrics.get(metric)) in (int, float) and not math.isnan(metrics[metric])
+            if (value := rankable(metrics.get(metric))) is not None
         ]
         if not scored:
             hint = f"there are {', '.join(names)}" if names else "no commit there records a metric"

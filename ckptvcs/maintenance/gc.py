@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from ckptvcs.errors import CkptError, CorruptionError, InvalidError, LockedError, StorageError
 from ckptvcs.ids import Kind, ObjectId
-from ckptvcs.maintenance import compaction, rebasing
+from ckptvcs.maintenance import compaction, points, rebasing
 from ckptvcs.maintenance.compaction import Usage
 from ckptvcs.maintenance.marking import CLASSES, COMMITS, SLICE, Marks
 from ckptvcs.maintenance.reach import Drops
@@ -184,7 +184,8 @@ class _Collection:
             self._position = snapshot.position()
             kept = {name: target for name, target in snapshot.refs().items() if name not in expiring}
             firm = _commits_of(kept.values()) | snapshot.pins()
-            recent = self._recent(snapshot)
+            limit = self._now - int(self._grace * 10**9)
+            recent = points.recent(snapshot, limit) if self._grace else set[ObjectId]()
         if expiring:
             self._report.expired = [ref.removeprefix("refs/") for ref in expiring]
             if self._grace:  # dropping them will be a log entry, which the window then holds
@@ -211,22 +212,6 @@ class _Collection:
         self._report.reencoded = len(self._rebased.bases)
         self._report.freed -= self._rebased.added
         self._report.disk -= self._rebased.added + TRAILER_BYTES * self._rebased.packs
-
-    def _recent(self, snapshot: Snapshot) -> set[ObjectId]:
-        """Commits that log entries inside the undo window name, as far as they are still stored."""
-        if self._grace == 0:
-            return set()
-        limit = self._now - int(self._grace * 10**9)
-        found: set[ObjectId] = set()
-        for entry in snapshot.log_backwards():
-            # Clocks may jump, so every entry is judged by itself; the log is short beside the data.
-            if entry.time >= limit:
-                for op in entry.operations:
-                    if isinstance(op, Move):
-                        found |= _commits_of((op.old, op.new))
-                    elif isinstance(op, Pin):
-                        found.add(op.commit)
-        return {id for id in found if snapshot.row(id) is not None}
 
     def _new_roots(self, snapshot: Snapshot) -> set[ObjectId]:
         """Commits that entries behind the noted position rooted. What a move took away from is not

@@ -97,13 +97,16 @@ def roots(store: Store, grace: float = 0.0) -> Roots:
             if fork is not None:
                 found.forks[branch] = fork[0]
         if grace:
-            found.recent = frozenset(_recent(snapshot, store.disk.now_ns() - int(grace * 10**9)))
+            found.recent = frozenset(recent(snapshot, store.disk.now_ns() - int(grace * 10**9)))
     return found
 
 
-def _recent(snapshot: Snapshot, limit: int) -> set[ObjectId]:
+def recent(snapshot: Snapshot, limit: int) -> set[ObjectId]:
+    """Commits that log entries no older than `limit` (UTC nanoseconds) name, as far as they are still stored:
+    what the undo window holds."""
     found: set[ObjectId] = set()
     for entry in snapshot.log_backwards():
+        # Clocks may jump, so every entry is judged by itself; the log is short beside the data.
         if entry.time >= limit:
             for op in entry.operations:
                 if isinstance(op, Move):

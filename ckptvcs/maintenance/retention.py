@@ -8,13 +8,13 @@ payload, or the components that the policy drops. The commit itself stays.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ckptvcs.config import seconds_of
 from ckptvcs.errors import InvalidError
+from ckptvcs.history.commit import rankable
 from ckptvcs.ids import ObjectId
 from ckptvcs.maintenance.points import Point, Points, Roots
 from ckptvcs.state import paths
@@ -125,9 +125,8 @@ def score_by(metric: str, mode: str, metrics: Callable[[ObjectId], Mapping[str, 
     sign = 1 if mode == "min" else -1
 
     def score(point: Point) -> float | None:
-        value = metrics(point.id).get(metric)
-        plain = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-        return sign * value if plain and value is not None else None
+        value = rankable(metrics(point.id).get(metric))
+        return None if value is None else sign * value
 
     return score
 

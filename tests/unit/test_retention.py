@@ -457,3 +457,14 @@ def test_freed_is_what_was_announced(tmp_path: Path, case: int) -> None:
                     rest = [name for name in expected if name not in taken]
                     assert difference(repo.checkout(commit, rest), {n: expected[n] for n in rest}) is None
             assert repo.fsck(full=True).ok, seed
+
+
+def test_whole_numbers_beyond_floats_are_ranked(tmp_path: Path) -> None:
+    with Repo.init(tmp_path) as repo:
+        for step, value in enumerate((10**400, 3, float("nan"), -(10**400), 5)):
+            repo.commit({"step": step}, step=step, metrics={"val_loss": value})
+        assert repo.resolve("main@best:val_loss").step == 3
+        assert repo.best("val_loss")[0].commit.step == 3
+        repo.retain(keep_best=1, metric="val_loss", mode="min")
+        assert repo.dropped("main@step:3") is None
+        assert repo.dropped("main@step:0") == ()
